@@ -1,0 +1,332 @@
+#include "coordinator/round.h"
+
+#include <string.h>
+
+size_t coord_round_size(const coord_round_opts *opts) {
+    return (size_t)opts->nodes_max * (sizeof(coord_slot) + opts->layers * sizeof(uint64_t)) + 128;
+}
+
+static fl_status check_opts(const coord_round_opts *o, fl_err *err) {
+    uint32_t given_out = 0;
+    if (o->nodes_max == 0 || o->layers == 0 || o->layers > FL_LAYERS_MAX)
+        return FL_FAIL(err, FL_EARG, "a model of %u layers; 1 to %d are possible", o->layers,
+                       FL_LAYERS_MAX);
+    if (o->exits == 0 || o->exits > FL_EXITS_MAX || o->exits > o->layers)
+        return FL_FAIL(err, FL_EARG, "%u exits; a model of %u layers can have 1 to %u", o->exits,
+                       o->layers, o->layers < FL_EXITS_MAX ? o->layers : (uint32_t)FL_EXITS_MAX);
+    for (uint32_t e = 0; e < o->exits; e++) {
+        if (o->exit_layers[e] >= o->layers || (e > 0 && o->exit_layers[e] <= o->exit_layers[e - 1]))
+            return FL_FAIL(err, FL_EARG, "exit %u sits after layer %u", e, o->exit_layers[e]);
+        given_out += o->shares[e] != 0;
+    }
+    if (given_out == 0) return FL_FAIL(err, FL_EARG, "no exit is ever given out");
+    if (o->updates_min == 0 || (o->updates != 0 && o->updates < o->updates_min))
+        return FL_FAIL(err, FL_EARG, "a round of %u updates cannot need at least %u", o->updates,
+                       o->updates_min);
+    if (o->deadline_ms == 0) return FL_FAIL(err, FL_EARG, "a round needs a deadline");
+    return FL_OK;
+}
+
+fl_status coord_round_init(coord_round *r, const coord_round_opts *opts, uint64_t round,
+                           uint64_t now_ms, fl_arena *arena, fl_err *err) {
+    FL_TRY(check_opts(opts, err));
+    *r = (coord_round){.opts = *opts, .round = round, .opened_ms = now_ms, .next_task = 1};
+    r->slots = FL_ARENA_NEW(arena, coord_slot, opts->nodes_max);
+    r->last = FL_ARENA_NEW(arena, uint64_t, (size_t)opts->nodes_max * opts->layers);
+    if (r->slots == NULL || r->last == NULL)
+        return FL_FAIL(err, FL_ENOMEM, "no memory for %u nodes", opts->nodes_max);
+    if (opts->rounds != 0 && round > opts->rounds) r->phase = COORD_FINISHED;
+    return FL_OK;
+}
+
+static uint64_t *last_of(const coord_round *r, uint32_t node, uint32_t layer) {
+    return &r->last[(size_t)node * r->opts.layers + layer];
+}
+
+static bool bit(const uint8_t *bits, uint32_t i) {
+    return (bits[i / 8] >> (i % 8) & 1) != 0;
+}
+
+fl_status coord_round_restore_last(coord_round *r, uint32_t node, uint32_t layer, uint64_t base,
+                                   fl_err *err) {
+    if (node >= r->opts.nodes_max || layer >= r->opts.layers || base > r->version[layer])
+        return FL_FAIL(err, FL_EFORMAT, "an update of node %u, layer %u cannot be", node, layer);
+    if (*last_of(r, node, layer) <= base) *last_of(r, node, layer) = base + 1;
+    return FL_OK;
+}
+
+fl_status coord_round_restore_update(coord_round *r, uint32_t layer, fl_err *err) {
+    if (layer >= r->opts.layers) return FL_FAIL(err, FL_EFORMAT, "an update of layer %u", layer);
+    r->touched[layer] = true;
+    r->updates++;
+    return FL_OK;
+}
+
+fl_status coord_round_restore_task(coord_round *r, uint32_t node, uint64_t task, uint32_t exit,
+                                   uint32_t first, uint32_t last, bool open, uint64_t counted,
+                                   fl_err *err) {
+    if (node >= r->opts.nodes_max || exit >= r->opts.exits || first > last ||
+        last != r->opts.exit_layers[exit])
+        return FL_FAIL(err, FL_EFORMAT, "task %llu cannot be", (unsigned long long)task);
+    coord_slot *s = &r->slots[node];
+    if (counted == r->round && s->counted != counted) {
+        s->counted = counted;
+        r->contributions++;
+    }
+    if (!open) return FL_OK;
+    s->task = task;
+    s->exit = exit;
+    s->first = first;
+    s->last = last;
+    s->awaited = last - first + 1;
+    s->admitted = 0;
+    memset(s->answered, 0, sizeof(s->answered));
+    return FL_OK;
+}
+
+static void answer(coord_slot *s, uint32_t layer, bool admitted) {
+    s->answered[layer / 8] = (uint8_t)(s->answered[layer / 8] | 1u << (layer % 8));
+    s->awaited--;
+    s->admitted += admitted;
+}
+
+fl_status coord_round_restore_answer(coord_round *r, uint32_t node, uint64_t task, uint32_t layer,
+                                     fl_err *err) {
+    if (node >= r->opts.nodes_max || layer >= r->opts.layers)
+        return FL_FAIL(err, FL_EFORMAT, "an update of node %u, layer %u cannot be", node, layer);
+    coord_slot *s = &r->slots[node];
+    if (s->task != task || layer < s->first || layer > s->last || bit(s->answered, layer))
+        return FL_FAIL(err, FL_EFORMAT, "an update of layer %u is not of task %llu", layer,
+                       (unsigned long long)task);
+    answer(s, layer, true);
+    return FL_OK;
+}
+
+// Contributions that flush the open round: never fewer than the minimum.
+static uint32_t enough(const coord_round *r) {
+    const uint32_t want = r->opts.updates != 0 ? r->opts.updates : r->members;
+    return want > r->opts.updates_min ? want : r->opts.updates_min;
+}
+
+static void maybe_flush(coord_round *r, uint64_t now_ms, coord_effect *fx) {
+    if (r->phase != COORD_COLLECT || r->updates == 0) return;
+    const bool late = now_ms >= r->opened_ms && now_ms - r->opened_ms >= r->opts.deadline_ms;
+    if (r->contributions >= enough(r))
+        fx->flush = COORD_FLUSH_FULL;
+    else if (late && r->contributions >= r->opts.updates_min)
+        fx->flush = COORD_FLUSH_DEADLINE;
+    if (fx->flush != COORD_FLUSH_NO) r->phase = COORD_FLUSHING;
+}
+
+// The task is over: with every layer answered it counts if any of them did, once a node and round.
+static void end_task(coord_round *r, coord_slot *s, coord_effect *fx) {
+    fx->task = s->task;
+    fx->task_ended = true;
+    if (s->awaited == 0 && s->admitted > 0) {
+        fx->counted = r->round;
+        r->contributions += s->counted != r->round;
+        s->counted = r->round;
+    }
+    s->task = 0;
+}
+
+static fl_status on_tick(coord_round *r, const coord_event *ev, coord_effect *fx) {
+    maybe_flush(r, ev->now_ms, fx);
+    return FL_OK;
+}
+
+static fl_status on_join(coord_round *r, const coord_event *ev, coord_effect *fx) {
+    (void)fx;
+    r->members += !r->slots[ev->node].member;
+    r->slots[ev->node].member = true;
+    return FL_OK;
+}
+
+static fl_status on_leave(coord_round *r, const coord_event *ev, coord_effect *fx) {
+    coord_slot *s = &r->slots[ev->node];
+    r->members -= s->member;
+    s->member = false;
+    if (s->task != 0) end_task(r, s, fx);
+    maybe_flush(r, ev->now_ms, fx); // it may have been the one that all waited for
+    return FL_OK;
+}
+
+typedef struct window {
+    uint32_t exit, first, last;
+} window;
+
+static bool window_of(const coord_round *r, uint32_t exit, uint32_t layers_max, window *ret) {
+    const uint32_t last = r->opts.exit_layers[exit];
+    const uint32_t below = exit == 0 ? 0 : r->opts.exit_layers[exit - 1] + 1;
+    uint32_t count = r->opts.window != 0 ? r->opts.window : last - below + 1;
+    if (count > layers_max) count = layers_max;
+    if (count > last + 1) count = last + 1;
+    *ret = (window){.exit = exit, .first = last + 1 - count, .last = last};
+    return count > 0;
+}
+
+// May the node train all of it: it has sent nothing yet for these versions.
+static bool is_fresh(const coord_round *r, uint32_t node, const window *w) {
+    for (uint32_t l = w->first; l <= w->last; l++) {
+        if (*last_of(r, node, l) > r->version[l]) return false;
+    }
+    return true;
+}
+
+// Rounds since the window's layers changed, in all: what is owed to them.
+static uint64_t debt(const coord_round *r, const window *w) {
+    uint64_t sum = 0;
+    for (uint32_t l = w->first; l <= w->last; l++) sum += r->round - r->changed[l];
+    return sum / (w->last - w->first + 1);
+}
+
+// The exit that is furthest behind its share among those this node can take; ties go to the
+// window with the largest coverage debt.
+static bool choose(const coord_round *r, uint32_t node, uint32_t layers_max, window *ret) {
+    bool found = false;
+    double best = 0.0;
+    for (uint32_t e = 0; e < r->opts.exits; e++) {
+        window w;
+        if (r->opts.shares[e] == 0 || !window_of(r, e, layers_max, &w) || !is_fresh(r, node, &w))
+            continue;
+        const double behind = (double)(r->given[e] + 1) / r->opts.shares[e];
+        const bool wins = !found || behind < best || (behind <= best && debt(r, &w) > debt(r, ret));
+        if (!wins) continue;
+        found = true;
+        best = behind;
+        *ret = w;
+    }
+    return found;
+}
+
+static fl_status on_request(coord_round *r, const coord_event *ev, coord_effect *fx) {
+    coord_slot *s = &r->slots[ev->node];
+    window w = {0}; // gcc 12 at -O3 does not see that choose fills it
+    if (!s->member) {
+        fx->code = FL_CODE_PENDING;
+    } else if (s->task != 0 && ev->window_max > s->last - s->first) {
+        fx->task = s->task; // it was lost on the way, or the node lost it: the same again
+    } else if (s->task != 0) {
+        end_task(r, s, fx); // it cannot hold it: a smaller one at its next request
+        fx->code = ev->window_max == 0 ? FL_CODE_TOO_SMALL : FL_CODE_NO_WORK;
+    } else if (ev->window_max == 0) {
+        fx->code = FL_CODE_TOO_SMALL;
+    } else if (!choose(r, ev->node, ev->window_max, &w)) {
+        fx->code = FL_CODE_NO_WORK;
+    } else {
+        *s = (coord_slot){.member = true,
+                          .task = r->next_task++,
+                          .exit = w.exit,
+                          .first = w.first,
+                          .last = w.last,
+                          .awaited = w.last - w.first + 1,
+                          .counted = s->counted};
+        r->given[w.exit]++;
+        fx->task = s->task;
+        fx->new_task = true;
+    }
+    return FL_OK;
+}
+
+static fl_status wait_for_flush(coord_round *r, const coord_event *ev, coord_effect *fx) {
+    (void)r, (void)ev;
+    fx->code = FL_CODE_ROUND_CLOSING;
+    return FL_OK;
+}
+
+static fl_status tell_finished(coord_round *r, const coord_event *ev, coord_effect *fx) {
+    (void)r, (void)ev;
+    fx->code = FL_CODE_FINISHED;
+    return FL_OK;
+}
+
+static fl_status on_offer(coord_round *r, const coord_event *ev, coord_effect *fx) {
+    const coord_slot *s = &r->slots[ev->node];
+    if (!s->member) {
+        fx->code = FL_CODE_REVOKED;
+    } else if (s->task == 0 || s->task != ev->task || ev->layer < s->first || ev->layer > s->last ||
+               bit(s->answered, ev->layer)) {
+        fx->code = FL_CODE_NOT_ASSIGNED;
+    } else if (ev->base > r->version[ev->layer] || *last_of(r, ev->node, ev->layer) > ev->base) {
+        fx->code = FL_CODE_BASE; // from the future, or not newer than what it sent before
+    } else {
+        fx->staleness = r->version[ev->layer] - ev->base;
+        if (fx->staleness > r->opts.staleness_max) fx->code = FL_CODE_LATE;
+    }
+    return FL_OK;
+}
+
+static fl_status on_update(coord_round *r, const coord_event *ev, coord_effect *fx) {
+    FL_TRY(on_offer(r, ev, fx));
+    if (fx->code != FL_CODE_NONE) return FL_OK;
+    coord_slot *s = &r->slots[ev->node];
+    *last_of(r, ev->node, ev->layer) = ev->base + 1;
+    r->touched[ev->layer] = true;
+    r->updates++;
+    answer(s, ev->layer, true);
+    if (s->awaited == 0) end_task(r, s, fx);
+    maybe_flush(r, ev->now_ms, fx);
+    return FL_OK;
+}
+
+static fl_status on_refused(coord_round *r, const coord_event *ev, coord_effect *fx) {
+    coord_slot *s = &r->slots[ev->node];
+    if (s->task == 0 || s->task != ev->task || ev->layer < s->first || ev->layer > s->last ||
+        bit(s->answered, ev->layer))
+        return FL_OK;
+    answer(s, ev->layer, false);
+    if (s->awaited == 0) end_task(r, s, fx);
+    maybe_flush(r, ev->now_ms, fx);
+    return FL_OK;
+}
+
+static fl_status on_flushed(coord_round *r, const coord_event *ev, coord_effect *fx) {
+    (void)fx;
+    for (uint32_t l = 0; l < r->opts.layers; l++) {
+        if (!r->touched[l]) continue;
+        r->touched[l] = false;
+        r->version[l]++;
+        r->changed[l] = r->round;
+    }
+    r->round++;
+    r->opened_ms = ev->now_ms;
+    r->contributions = 0;
+    r->updates = 0;
+    r->phase = r->opts.rounds != 0 && r->round > r->opts.rounds ? COORD_FINISHED : COORD_COLLECT;
+    return FL_OK;
+}
+
+static fl_status ignore(coord_round *r, const coord_event *ev, coord_effect *fx) {
+    (void)r, (void)ev, (void)fx;
+    return FL_OK;
+}
+
+// What happens to an event in each phase; NULL is not legal.
+typedef fl_status (*handler)(coord_round *r, const coord_event *ev, coord_effect *fx);
+static const handler rules[COORD_EV_COUNT][COORD_FINISHED + 1] = {
+    // event              collect      flushing        finished
+    [COORD_EV_TICK] = {on_tick, ignore, ignore},
+    [COORD_EV_JOIN] = {on_join, on_join, on_join},
+    [COORD_EV_LEAVE] = {on_leave, on_leave, on_leave},
+    [COORD_EV_REQUEST] = {on_request, wait_for_flush, tell_finished},
+    [COORD_EV_OFFER] = {on_offer, on_offer, tell_finished},
+    [COORD_EV_UPDATE] = {on_update, NULL, tell_finished},
+    [COORD_EV_REFUSED] = {on_refused, NULL, ignore},
+    [COORD_EV_FLUSHED] = {NULL, on_flushed, NULL},
+};
+
+fl_status coord_round_step(coord_round *r, const coord_event *ev, coord_effect *ret_effect,
+                           fl_err *err) {
+    FL_ASSERT(ev->kind < COORD_EV_COUNT && ev->node < r->opts.nodes_max);
+    *ret_effect = (coord_effect){.code = FL_CODE_NONE};
+    const handler handle = rules[ev->kind][r->phase];
+    if (handle == NULL)
+        return FL_FAIL(err, FL_ESTATE, "event %d in phase %d", (int)ev->kind, (int)r->phase);
+    const bool layer_matters =
+        ev->kind == COORD_EV_OFFER || ev->kind == COORD_EV_UPDATE || ev->kind == COORD_EV_REFUSED;
+    if (layer_matters && ev->layer >= r->opts.layers) {
+        ret_effect->code = FL_CODE_NOT_ASSIGNED;
+        return FL_OK;
+    }
+    return handle(r, ev, ret_effect);
+}

@@ -1,0 +1,46 @@
+// store_sql.h: what the store's files share. Not for others: include store.h.
+#ifndef COORD_STORE_SQL_H
+#define COORD_STORE_SQL_H
+
+#include "coordinator/store.h"
+
+typedef struct sqlite3 sqlite3;
+typedef struct sqlite3_stmt sqlite3_stmt;
+
+struct coord_store {
+    sqlite3 *db;
+    bool batch;
+    int64_t data_version;
+    int spool_fd; // -1: none open
+    int64_t spool, spool_size;
+    bool spool_dirty;
+    char dir[COORD_PATH_MAX - 128];
+};
+
+fl_status coord_sql_fail(coord_store *s, fl_err *err);
+
+// Prepares and binds. types, one letter an argument: i int64_t, d double, t const char *,
+// b const uint8_t *, size_t (a blob).
+fl_status coord_sql(coord_store *s, sqlite3_stmt **ret, fl_err *err, const char *sql,
+                    const char *types, ...) FL_NODISCARD;
+// One row, or *ret_row false at the end.
+fl_status coord_sql_step(coord_store *s, sqlite3_stmt *st, bool *ret_row, fl_err *err) FL_NODISCARD;
+void coord_sql_end(sqlite3_stmt *st); // NULL is fine
+// Prepare, bind, step to the end. *ret_changed may be NULL.
+fl_status coord_sql_run(coord_store *s, int64_t *ret_changed, fl_err *err, const char *sql,
+                        const char *types, ...) FL_NODISCARD;
+// The first column of the first row. FL_ENOENT when there is no row.
+fl_status coord_sql_integer(coord_store *s, int64_t *ret, fl_err *err, const char *sql,
+                            const char *types, ...) FL_NODISCARD;
+
+int64_t coord_col_i(sqlite3_stmt *st, int col);
+double coord_col_d(sqlite3_stmt *st, int col);
+void coord_col_text(sqlite3_stmt *st, int col, char *out, size_t size);
+// A blob of exactly `size` bytes; zeros and false for any other.
+bool coord_col_blob(sqlite3_stmt *st, int col, void *out, size_t size);
+
+void coord_spool_path(const coord_store *s, int64_t spool, char ret_path[COORD_PATH_MAX]);
+void coord_spool_close(coord_store *s);
+fl_status coord_spool_sync(coord_store *s, fl_err *err) FL_NODISCARD;
+
+#endif

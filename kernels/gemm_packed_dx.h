@@ -1,0 +1,58 @@
+// gemm_packed_dx: dX = dY W, the gradient of a product's input through a frozen packed matrix.
+//
+//   Shape     rows [row_begin, row_end) of w: row_begin a multiple of 16, row_end too or w->rows.
+//             Columns [col_begin, col_end): col_begin a multiple of 64, col_end too or w->cols.
+//   Input     dy[t * dy_stride + (r - row_begin)], tokens >= 1 rows of floats.
+//   Output    dx[t * dx_stride + (k - col_begin)]: both pointers address the range's first element.
+//             Overwritten, or added to when `accumulate`. Strides in floats. No alignment needed.
+//   Scratch   fl_gemm_packed_dx_scratch() bytes, 64-byte aligned, one for each thread: a panel of
+//   at
+//             most 128 rows by 64 columns of W as floats. The whole matrix never exists as floats.
+//   Numerics  w = scale * code + minimum as fl_packed_row gives it. Each dx element is one chain of
+//             multiply-adds over r ascending, begun at 0 or at the old value, fused or not:
+//                 |got - exact| <= (n + 2) * FLT_EPSILON * sum_r |dy_tr * w_rk| for n rows
+//             (Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 3.1), plus
+//             FLT_EPSILON * n * |old value|. One variant gives the same bits whatever the tokens,
+//             the column range, or a cut of the row range into ascending accumulated calls.
+//   Aliasing  dx overlaps nothing else.
+//   Errors    none; sizes and pointers are the caller's contract. Threads: pure; split by columns.
+#ifndef FL_KERNELS_GEMM_PACKED_DX_H
+#define FL_KERNELS_GEMM_PACKED_DX_H
+
+#include "kernels/cpu.h"
+#include "kernels/packed.h"
+
+enum { FL_GEMM_PACKED_DX_ROWS = 128 }; // rows of the float panel
+
+size_t fl_gemm_packed_dx_scratch(void);
+
+// The block of W to go through; see Shape.
+typedef struct fl_packed_range {
+    uint32_t row_begin, row_end, col_begin, col_end;
+} fl_packed_range;
+
+#define FL_GEMM_PACKED_DX_LIST(X)                                                                  \
+    X(ref, FL_CPU_NONE)                                                                            \
+    FL_ON_X86(X(avx2, FL_CPU_AVX2 | FL_CPU_FMA | FL_CPU_F16C))                                     \
+    FL_ON_ARM64(X(neon, FL_CPU_NEON))
+
+typedef void (*fl_gemm_packed_dx_fn)(const fl_packed *w, const fl_packed_range *range,
+                                     uint32_t tokens, const float *dy, size_t dy_stride, float *dx,
+                                     size_t dx_stride, bool accumulate, void *scratch);
+
+#define X(tag, need)                                                                               \
+    void fl_gemm_packed_dx_##tag(const fl_packed *w, const fl_packed_range *range,                 \
+                                 uint32_t tokens, const float *dy, size_t dy_stride, float *dx,    \
+                                 size_t dx_stride, bool accumulate, void *scratch);
+FL_GEMM_PACKED_DX_LIST(X)
+#undef X
+
+typedef struct fl_gemm_packed_dx_variant {
+    const char *tag;
+    uint32_t need; // FL_CPU_* bits that must all be present
+    fl_gemm_packed_dx_fn fn;
+} fl_gemm_packed_dx_variant;
+
+extern const fl_gemm_packed_dx_variant fl_gemm_packed_dx_variants[]; // ends with fn == NULL
+
+#endif

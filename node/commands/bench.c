@@ -1,0 +1,212 @@
+// bench: what this machine does with a model: prefill of 512 tokens, decode of 128, tuning steps.
+#include "common/clock.h"
+#include "common/file.h"
+#include "common/json.h"
+#include "common/rng.h"
+#include "node/commands/commands.h"
+#include "node/commands/setup.h"
+#include "node/commands/state_dir.h"
+#include "node/exits/head.h"
+#include "node/model/generate.h"
+#include "node/tune/tuner.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+typedef struct bench_opts {
+    char model[FL_SETTING_TEXT_MAX];
+    int64_t threads, runs;
+    bool json;
+} bench_opts;
+
+static const fl_setting table[] = {
+    {NULL, "MODEL", FL_KIND_TEXT, "FILE", 0, 0, "", "a GGUF model (default: the fleet's)", NULL,
+     offsetof(bench_opts, model)},
+    {NULL, "threads", FL_KIND_INTEGER, "N", 0, 64, "0", "threads; 0: the machine's fast cores",
+     NULL, offsetof(bench_opts, threads)},
+    {NULL, "runs", FL_KIND_INTEGER, "N", 1, 100, "5", "the median of so many runs", NULL,
+     offsetof(bench_opts, runs)},
+    {NULL, "json", FL_KIND_FLAG, NULL, 0, 0, "no", "one JSON object for machines", NULL,
+     offsetof(bench_opts, json)},
+};
+
+enum { PREFILL = 512, DECODE = 128, RUNS_MAX = 100, TUNE_STEPS = 2 };
+
+// A model that knows fewer tokens is measured with what it knows, in the same proportion.
+static uint32_t decode_tokens(const node_model *m) {
+    return m->context >= PREFILL + DECODE ? DECODE : m->context / 5;
+}
+
+static uint32_t prefill_tokens(const node_model *m) {
+    return m->context >= PREFILL + DECODE ? PREFILL : m->context - decode_tokens(m);
+}
+
+typedef struct rates {
+    double prefill[RUNS_MAX], decode[RUNS_MAX], tune[RUNS_MAX];
+} rates;
+
+static int compare(const void *a, const void *b) {
+    const double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+static double median(double *v, int64_t n) {
+    qsort(v, (size_t)n, sizeof(*v), compare);
+    return v[n / 2];
+}
+
+// Tokens drawn at random: speed does not depend on what they are.
+static void draw(int32_t *ids, size_t count, uint32_t vocabulary) {
+    for (size_t i = 0; i < count; i++) ids[i] = (int32_t)fl_rng_below(7, i, vocabulary);
+}
+
+static fl_status time_inference(const node_setup *s, node_session *session, node_head *head,
+                                node_scratch *scratch, float *logits, double *ret_prefill,
+                                double *ret_decode, fl_err *err) {
+    int32_t ids[PREFILL];
+    const node_model *m = s->model;
+    const uint32_t prefill = prefill_tokens(m), decode = decode_tokens(m);
+    const float *hidden;
+    node_vote vote;
+    node_vote_init(&vote, m->exits);
+    draw(ids, PREFILL, m->vocabulary);
+    node_session_rewind(session, 0);
+    const double start = fl_clock_s();
+    FL_TRY(node_session_feed(session, &s->engine, NULL, ids, prefill, &hidden, err));
+    const double filled = fl_clock_s();
+    for (uint32_t i = 0; i < decode; i++) {
+        node_head_vote(&s->engine, head, m, NULL, &vote, hidden, logits,
+                       logits + (size_t)m->exits * m->vocabulary, scratch);
+        FL_TRY(node_session_feed(session, &s->engine, NULL, &ids[i], 1, &hidden, err));
+    }
+    *ret_prefill = prefill / (filled - start);
+    *ret_decode = decode / (fl_clock_s() - filled);
+    return FL_OK;
+}
+
+static fl_status bench_inference(const node_setup *s, int64_t runs, rates *r, fl_err *err) {
+    const node_model *m = s->model;
+    const uint32_t context = prefill_tokens(m) + decode_tokens(m);
+    const node_session_opts opts = {.context = context,
+                                    .chunk = context < 256 ? context : 256,
+                                    .threads = fl_pool_threads(s->pool)};
+    size_t session_size;
+    FL_TRY(node_session_plan(m, &opts, &session_size, err));
+    node_head head;
+    fl_arena arena;
+    fl_arena_init_counting(&arena);
+    node_head_bind(&head, m, m->exits, 1, 0, &arena);
+    node_scratch_bind(m, m->exits, opts.threads, &arena);
+    const size_t logits_size = (size_t)m->vocabulary * (m->exits + 1) * sizeof(float);
+    const size_t size = session_size + arena.peak + logits_size + 4096;
+    void *block = NULL;
+    FL_TRY(node_block_take(size, &block, err));
+    fl_arena_init(&arena, block, size);
+    node_session *session = node_session_bind(m, &opts, &arena);
+    node_head_bind(&head, m, m->exits, 1, 0, &arena);
+    node_scratch *scratch = node_scratch_bind(m, m->exits, opts.threads, &arena);
+    float *logits = fl_arena_alloc(&arena, logits_size, 1, 64);
+    fl_status st = FL_OK;
+    for (int64_t i = 0; i < runs && st == FL_OK; i++)
+        st = time_inference(s, session, &head, scratch, logits, &r->prefill[i], &r->decode[i], err);
+    free(block);
+    return st;
+}
+
+// A made-up document, so that no text is needed.
+static fl_status bench_tune(const node_setup *s, int64_t runs, rates *r, fl_err *err) {
+    enum { TOKENS = 4097 };
+    int32_t *ids = malloc(TOKENS * sizeof(*ids));
+    const uint64_t begin[] = {0, TOKENS};
+    const node_docs docs = {.ids = ids, .begin = begin, .count = 1};
+    node_tuner *tuner = malloc(sizeof(*tuner));
+    node_adapter *adapter = NULL;
+    void *block = NULL;
+    node_tune_plan plan;
+    fl_status st =
+        ids == NULL || tuner == NULL ? FL_FAIL(err, FL_ENOMEM, "no memory to tune") : FL_OK;
+    if (st != FL_OK) goto out;
+    draw(ids, TOKENS, s->model->vocabulary);
+    const node_adapter_opts adapter_opts = node_adapter_defaults();
+    st = node_adapter_open(s->model, &adapter_opts, &adapter, err);
+    if (st != FL_OK) goto out;
+    node_tune_opts opts = node_tune_defaults();
+    opts.threads = fl_pool_threads(s->pool);
+    st = node_tune_make_plan(s->model, adapter->opts.rank, &docs, &opts, &plan, err);
+    if (st == FL_OK) st = node_block_take(plan.arena_bytes, &block, err);
+    if (st != FL_OK) goto out;
+    fl_arena arena;
+    fl_arena_init(&arena, block, plan.arena_bytes);
+    node_tuner_bind(tuner, &s->engine, s->model, adapter, &docs, &plan.opts, &arena);
+    for (int64_t i = 0; i < runs; i++) {
+        node_tune_report report;
+        uint64_t tokens = 0;
+        const double start = fl_clock_s();
+        for (int k = 0; k < TUNE_STEPS; k++) {
+            node_tuner_step(tuner, &report);
+            tokens += report.tokens;
+        }
+        r->tune[i] = (double)tokens / (fl_clock_s() - start);
+    }
+out:
+    free(block);
+    node_adapter_close(adapter);
+    free(tuner);
+    free(ids);
+    return st;
+}
+
+static fl_status print_rates(const bench_opts *o, const node_setup *s, rates *r, fl_err *err) {
+    const double prefill = median(r->prefill, o->runs), decode = median(r->decode, o->runs);
+    const double tune = median(r->tune, o->runs);
+    if (!o->json) {
+        printf("prefill %.1f tokens/s, decode %.1f tokens/s, tuning %.1f tokens/s "
+               "(%u threads, median of %lld), peak %.1f MB\n",
+               prefill, decode, tune, fl_pool_threads(s->pool), (long long)o->runs,
+               (double)node_rss_peak() / 1e6);
+        return FL_OK;
+    }
+    fl_json *root = fl_json_object();
+    fl_json_set_number(root, "prefill_tokens_per_second", prefill);
+    fl_json_set_number(root, "decode_tokens_per_second", decode);
+    fl_json_set_number(root, "tune_tokens_per_second", tune);
+    fl_json_set_integer(root, "peak_rss_bytes", (int64_t)node_rss_peak());
+    fl_json_set_integer(root, "threads", fl_pool_threads(s->pool));
+    fl_json_set_integer(root, "runs", o->runs);
+    const fl_status st = fl_json_print(root, stdout, err);
+    fl_json_free(root);
+    return st;
+}
+
+static int run(const void *options) {
+    const bench_opts *o = options;
+    char folder[FL_SETTING_TEXT_MAX / 2], path[FL_SETTING_TEXT_MAX];
+    node_setup s = {0};
+    static rates r;
+    fl_err err;
+    fl_status st = FL_OK;
+    snprintf(path, sizeof(path), "%s", o->model);
+    if (path[0] == '\0') {
+        st = node_state_dir("", folder, sizeof(folder), &err);
+        snprintf(path, sizeof(path), "%s/model.gguf", folder);
+        if (st == FL_OK && !fl_file_exists(path))
+            st = FL_FAIL(&err, FL_EARG, "no model: give one, this node has none of a fleet");
+    }
+    const node_setup_opts setup = {.model = path, .threads = o->threads, .without_tokenizer = true};
+    if (st == FL_OK) st = node_setup_open(&setup, &s, &err);
+    if (st == FL_OK) st = bench_inference(&s, o->runs, &r, &err);
+    if (st == FL_OK) st = bench_tune(&s, o->runs, &r, &err);
+    if (st == FL_OK) st = print_rates(o, &s, &r, &err);
+    node_setup_close(&s);
+    return st == FL_OK ? FL_EXIT_OK : fl_cli_fail(&err);
+}
+
+const fl_command node_cmd_bench = {
+    .name = "bench",
+    .summary = "measures prefill, decode and tuning on this machine",
+    .example = "fleetune-node bench smollm2-4bit.gguf --threads 2",
+    .table = table,
+    .count = FL_COUNT(table),
+    .options_size = sizeof(bench_opts),
+    .run = run,
+};

@@ -1,0 +1,212 @@
+// doctor: what this machine is, how fast it is, and what the scheduler chose; every problem with
+// what to do about it.
+#include "common/clock.h"
+#include "common/json.h"
+#include "node/commands/commands.h"
+#include "node/commands/state_dir.h"
+#include "node/schedule/probe.h"
+
+#include <limits.h>
+#include <math.h>
+#include <stdarg.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/statvfs.h>
+
+typedef struct doctor_opts {
+    char state[FL_SETTING_TEXT_MAX];
+    bool again;
+    bool json;
+} doctor_opts;
+
+static const fl_setting table[] = {
+    {NULL, "state", FL_KIND_TEXT, "FOLDER", 0, 0, "", "where the node keeps its state", NULL,
+     offsetof(doctor_opts, state)},
+    {NULL, "again", FL_KIND_FLAG, NULL, 0, 0, "no", "measure again, do not use the cache", NULL,
+     offsetof(doctor_opts, again)},
+    {NULL, "json", FL_KIND_FLAG, NULL, 0, 0, "no", "one JSON object for machines", NULL,
+     offsetof(doctor_opts, json)},
+};
+
+// One line of the report. `fix` says what to do when it is not fine.
+typedef struct check {
+    const char *name;
+    bool fine;
+    char found[200];
+    const char *fix;
+} check;
+
+enum { CHECKS_MAX = 16 };
+typedef struct report {
+    check list[CHECKS_MAX];
+    size_t count;
+} report;
+
+static void add(report *r, const char *name, bool fine, const char *fix, const char *fmt, ...)
+    FL_PRINTF(5, 6);
+
+static void add(report *r, const char *name, bool fine, const char *fix, const char *fmt, ...) {
+    FL_ASSERT(r->count < CHECKS_MAX);
+    check *c = &r->list[r->count++];
+    *c = (check){.name = name, .fine = fine, .fix = fix};
+    va_list ap;
+    va_start(ap, fmt);
+    vsnprintf(c->found, sizeof(c->found), fmt, ap);
+    va_end(ap);
+}
+
+static void check_machine(report *r, const node_facts *f) {
+    char features[128] = "";
+    for (unsigned i = 0; fl_cpu_feature(f->cpu, i) != NULL; i++) {
+        const size_t n = strlen(features);
+        snprintf(features + n, sizeof(features) - n, " %s", fl_cpu_feature(f->cpu, i));
+    }
+    add(r, "processor", f->cpu != 0,
+        "none of the fast kernels runs here: expect it to be slow, use a 64-bit system",
+        "%s, %u cores, instructions:%s", f->cpu_name, f->cores, features[0] ? features : " none");
+    char kinds[128] = "";
+    for (uint32_t i = 0; i < f->kinds; i++) {
+        const size_t n = strlen(kinds);
+        snprintf(kinds + n, sizeof(kinds) - n, "%s%u of speed %u", i == 0 ? "" : ", ",
+                 f->kind_cores[i], f->kind_capacity[i]);
+    }
+    add(r, "cores", f->quota_cores == 0 || f->quota_cores >= 1,
+        "less than one core is allowed: raise the container's or unit's CPU limit if you can",
+        "%s; limit %s%.1f; threads to use %u", kinds, f->quota_cores == 0 ? "none, " : "",
+        f->quota_cores, node_facts_threads(f));
+    const double budget = (double)node_facts_memory_budget(f, 0) / 0x1p20;
+    add(r, "memory", budget >= 200,
+        "below 200 MB a 135M model cannot be tuned: close programs or take a smaller model",
+        "%.0f MB in all, %.0f MB usable%s", (double)f->memory_total / 0x1p20, budget,
+        f->memory_limit != 0 ? " (cgroup limit)" : "");
+    add(r, "memory cgroup", !f->memory_cgroup_off,
+        "add cgroup_enable=memory to the line in /boot/firmware/cmdline.txt and restart",
+        f->memory_cgroup_off ? "off: memory limits are silently ignored" : "limits are honoured");
+    const double c = f->temperature_c;
+    if (isnan(c))
+        add(r, "temperature", true, "", "not reported by this machine");
+    else
+        add(r, "temperature", c < 70, "cool the device: tuning pauses at 75 degrees",
+            "%.1f degrees Celsius", c);
+    add(r, "power", (f->throttle_bits & 0xf) == 0,
+        "use the supply made for this board and a short cable", "throttle word 0x%x",
+        f->throttle_bits);
+}
+
+static void check_disk(report *r, const char *folder) {
+    struct statvfs s;
+    if (statvfs(folder, &s) != 0) {
+        add(r, "disk", false, "the state folder must be on a disk that can be read", "unknown");
+        return;
+    }
+    const double mb = (double)s.f_bavail * (double)s.f_frsize / 0x1p20;
+    add(r, "disk", mb >= 500, "free at least 500 MB: the model and its state need them",
+        "%.0f MB free at %s", mb, folder);
+}
+
+static fl_status rates_of(const doctor_opts *o, const char *folder, const node_facts *f,
+                          const fl_kern *kern, node_rates *ret, bool *ret_cached, fl_err *err) {
+    char path[PATH_MAX];
+    if (snprintf(path, sizeof(path), "%s/rates", folder) >= (int)sizeof(path))
+        return FL_FAIL(err, FL_EARG, "the state folder's path is too long");
+    *ret_cached = !o->again && node_rates_read(path, f, ret, NULL) == FL_OK;
+    if (*ret_cached) return FL_OK;
+    FL_TRY(node_rates_measure(kern, node_facts_threads(f), ret, err));
+    return node_rates_write(path, f, ret, err);
+}
+
+static fl_status print_json(const report *r, const node_facts *f, const fl_kern *k,
+                            const node_rates *rates, fl_err *err) {
+    fl_json *root = fl_json_object();
+    fl_json *checks = fl_json_add_array(root, "checks");
+    for (size_t i = 0; i < r->count; i++) {
+        fl_json *c = fl_json_add_object(checks, NULL);
+        fl_json_set_string(c, "name", r->list[i].name);
+        fl_json_set_bool(c, "fine", r->list[i].fine);
+        fl_json_set_string(c, "found", r->list[i].found);
+        if (!r->list[i].fine) fl_json_set_string(c, "fix", r->list[i].fix);
+    }
+    fl_json *kernels = fl_json_add_object(root, "kernels");
+#define X(name) fl_json_set_string(kernels, #name, k->name##_tag);
+    FL_KERN_LIST(X)
+#undef X
+#define X(name) fl_json_set_string(kernels, #name, k->name->tag);
+    FL_KERN_GROUP_LIST(X)
+#undef X
+    fl_json *measured = fl_json_add_array(root, "rates");
+    for (uint32_t n = 1; n <= rates->threads; n++) {
+        fl_json *t = fl_json_add_object(measured, NULL);
+        fl_json_set_integer(t, "threads", n);
+        fl_json_set_number(t, "packed_operations_per_second", rates->packed_ops[n]);
+        fl_json_set_number(t, "float_operations_per_second", rates->float_ops[n]);
+        fl_json_set_number(t, "read_bytes_per_second", rates->read_bytes[n]);
+    }
+    fl_json_set_integer(root, "threads_compute", rates->threads_compute);
+    fl_json_set_integer(root, "threads_stream", rates->threads_stream);
+    fl_json_set_integer(root, "memory_budget_bytes", (int64_t)node_facts_memory_budget(f, 0));
+    const fl_status st = fl_json_print(root, stdout, err);
+    fl_json_free(root);
+    return st;
+}
+
+static void print_text(const report *r, const fl_kern *k, const node_rates *rates, bool cached) {
+    for (size_t i = 0; i < r->count; i++) {
+        const check *c = &r->list[i];
+        printf("%s %-14s %s\n", c->fine ? "ok  " : "FAIL", c->name, c->found);
+        if (!c->fine) printf("     %-14s -> %s\n", "", c->fix);
+    }
+    printf("\nkernels chosen:");
+#define X(name) printf(" %s=%s", #name, k->name##_tag);
+    FL_KERN_LIST(X)
+#undef X
+#define X(name) printf(" %s=%s", #name, k->name->tag);
+    FL_KERN_GROUP_LIST(X)
+#undef X
+    printf("\nmeasured%s:\n", cached ? " earlier (--again repeats it)" : "");
+    for (uint32_t n = 1; n <= rates->threads; n++)
+        printf("  %2u thread%s  4-bit products %6.1f Gop/s, gradients %6.1f Gop/s, memory %5.1f "
+               "GB/s\n",
+               n, n == 1 ? " " : "s", rates->packed_ops[n] / 1e9, rates->float_ops[n] / 1e9,
+               rates->read_bytes[n] / 1e9);
+    printf("threads chosen: %u for tuning and prompts, %u for writing text\n",
+           rates->threads_compute, rates->threads_stream);
+}
+
+static int run(const void *options) {
+    const doctor_opts *o = options;
+    char folder[PATH_MAX / 2];
+    fl_err err;
+    if (node_state_dir(o->state, folder, sizeof(folder), &err) != FL_OK ||
+        node_state_dir_make(folder, &err) != FL_OK)
+        return fl_cli_fail(&err);
+    node_facts facts;
+    fl_kern kern;
+    node_facts_read("", &facts);
+    fl_kern_select(&kern, facts.cpu);
+    report r = {.count = 0};
+    check_machine(&r, &facts);
+    check_disk(&r, folder);
+    node_rates rates;
+    bool cached;
+    if (rates_of(o, folder, &facts, &kern, &rates, &cached, &err) != FL_OK)
+        return fl_cli_fail(&err);
+    if (o->json) {
+        if (print_json(&r, &facts, &kern, &rates, &err) != FL_OK) return fl_cli_fail(&err);
+    } else {
+        print_text(&r, &kern, &rates, cached);
+    }
+    for (size_t i = 0; i < r.count; i++) {
+        if (!r.list[i].fine) return FL_EXIT_FAILED;
+    }
+    return FL_EXIT_OK;
+}
+
+const fl_command node_cmd_doctor = {
+    .name = "doctor",
+    .summary = "examines this machine and says what stands in the way",
+    .example = "fleetune-node doctor",
+    .table = table,
+    .count = FL_COUNT(table),
+    .options_size = sizeof(doctor_opts),
+    .run = run,
+};

@@ -1,0 +1,87 @@
+#include "node/commands/setup.h"
+
+#include "common/file.h"
+#include "node/model/unicode.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/resource.h>
+#include <unistd.h>
+
+enum { TEXT_BYTES_MAX = 1 << 28 };
+
+fl_status node_setup_open(const node_setup_opts *opts, node_setup *ret, fl_err *err) {
+    node_setup s = {0};
+    node_facts_read("", &s.facts);
+    fl_kern_select(&s.kern, s.facts.cpu);
+    const uint32_t threads =
+        opts->threads > 0 ? (uint32_t)opts->threads : node_facts_threads(&s.facts);
+    fl_status st = fl_pool_open(threads, &s.pool, err);
+    if (st != FL_OK) goto out;
+    st = node_model_open(opts->model, &s.model, err);
+    if (st != FL_OK) goto out;
+    if (!opts->without_tokenizer) {
+        st = node_tokenizer_open_gguf(s.model->file, &s.tokenizer, err);
+        if (st == FL_ENOENT) FL_FAIL(err, st, "%s has no tokenizer", opts->model);
+        if (st != FL_OK) goto out;
+    }
+    if (opts->adapter != NULL && opts->adapter[0] != '\0')
+        st = node_adapter_load(opts->adapter, s.model, opts->any_base, &s.adapter, err);
+out:
+    if (st != FL_OK) {
+        node_setup_close(&s);
+        return st;
+    }
+    *ret = s;
+    ret->engine = (node_engine){&ret->kern, ret->pool};
+    return FL_OK;
+}
+
+void node_setup_close(node_setup *s) {
+    node_adapter_close(s->adapter);
+    node_tokenizer_close(s->tokenizer);
+    node_model_close(s->model);
+    fl_pool_close(s->pool);
+    *s = (node_setup){0};
+}
+
+fl_status node_read_text(const char *path, uint8_t **ret_text, size_t *ret_size, fl_err *err) {
+    uint8_t *text = NULL;
+    size_t size = 0;
+    FL_TRY(fl_file_read(path, TEXT_BYTES_MAX, &text, &size, err));
+    fl_status st = FL_OK;
+    if (size == 0)
+        st = FL_FAIL(err, FL_EFORMAT, "%s is empty: give a file with some text in it", path);
+    else if (!node_utf8_valid((fl_bytes){text, size}))
+        st = FL_FAIL(err, FL_EFORMAT, "%s is not UTF-8 text: convert it with iconv", path);
+    if (st != FL_OK) {
+        free(text);
+        return st;
+    }
+    *ret_text = text;
+    *ret_size = size;
+    return FL_OK;
+}
+
+uint64_t node_rss_now(void) {
+    FILE *f = fopen("/proc/self/statm", "re");
+    unsigned long long pages = 0;
+    if (f == NULL) return 0;
+    if (fscanf(f, "%*u %llu", &pages) != 1) pages = 0;
+    fclose(f);
+    return pages * (uint64_t)sysconf(_SC_PAGESIZE);
+}
+
+uint64_t node_rss_peak(void) {
+    struct rusage u;
+    return getrusage(RUSAGE_SELF, &u) == 0 ? (uint64_t)u.ru_maxrss << 10 : 0;
+}
+
+fl_status node_block_take(size_t size, void **ret, fl_err *err) {
+    const size_t rounded = (size + 63) & ~(size_t)63;
+    void *block = aligned_alloc(64, rounded == 0 ? 64 : rounded);
+    if (block == NULL) return FL_FAIL(err, FL_ENOMEM, "no memory: %zu bytes are needed", size);
+    *ret = block;
+    return FL_OK;
+}

@@ -1,0 +1,45 @@
+// setup.h: what nearly every command opens first: the model, its tokenizer, the kernels and
+// threads chosen for this machine, and the adapter if one is named.
+#ifndef NODE_COMMANDS_SETUP_H
+#define NODE_COMMANDS_SETUP_H
+
+#include "common/cli.h"
+#include "node/model/forward.h"
+#include "node/model/tokenizer.h"
+#include "node/schedule/probe.h"
+#include "node/tune/adapter.h"
+
+typedef struct node_setup {
+    node_model *model;
+    node_tokenizer *tokenizer;
+    node_adapter *adapter; // NULL: none was named
+    fl_kern kern;
+    fl_pool *pool;
+    node_engine engine;
+    node_facts facts;
+} node_setup;
+
+typedef struct node_setup_opts {
+    const char *model;
+    const char *adapter; // "" for none
+    int64_t threads;     // 0: as many as the machine has fast cores
+    bool any_base;       // accept an adapter made for the same shapes with other weights
+    bool without_tokenizer;
+} node_setup_opts;
+
+fl_status node_setup_open(const node_setup_opts *opts, node_setup *ret,
+                            fl_err *err) FL_NODISCARD;
+void node_setup_close(node_setup *session); // a zeroed session is fine
+
+// A whole text file: not empty, UTF-8; the error says at which byte it is not. free() the result.
+fl_status node_read_text(const char *path, uint8_t **ret_text, size_t *ret_size,
+                         fl_err *err) FL_NODISCARD;
+
+// The process's resident set now and at its highest, bytes.
+uint64_t node_rss_now(void);
+uint64_t node_rss_peak(void);
+
+// One 64-byte aligned block for an arena; free() it. FL_ENOMEM names the size.
+fl_status node_block_take(size_t size, void **ret, fl_err *err) FL_NODISCARD;
+
+#endif

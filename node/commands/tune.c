@@ -1,0 +1,270 @@
+// tune and plan: adaptive layer tuning on private text; and, without touching a byte of it, exactly
+// how much memory that will take.
+#include "node/tune/evaluate.h"
+#include "node/tune/tuner.h"
+
+#include "common/clock.h"
+#include "common/file.h"
+#include "common/json.h"
+#include "common/progress.h"
+#include "node/commands/commands.h"
+#include "node/commands/setup.h"
+
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef struct tune_opts {
+    char model[FL_SETTING_TEXT_MAX], data[FL_SETTING_TEXT_MAX], out[FL_SETTING_TEXT_MAX];
+    char adapter[FL_SETTING_TEXT_MAX];
+    int64_t steps, window, rank, seed, sequence, micro, threads, schedule, exits;
+    uint64_t memory;
+    double lr;
+    bool json;
+} tune_opts;
+
+#define SET(field) NULL, offsetof(tune_opts, field)
+// The last two rows are tune's own; plan takes the others.
+enum { TUNE_ONLY = 2 };
+static const fl_setting table[] = {
+    {NULL, "MODEL", FL_KIND_TEXT, "FILE", 0, 0, NULL, "a GGUF model, best a compressed one",
+     SET(model)},
+    {NULL, "data", FL_KIND_TEXT, "PATH", 0, 0, NULL, "text file, or folder of text files",
+     SET(data)},
+    {NULL, "memory", FL_KIND_SIZE, "SIZE", 0, 0, "0",
+     "resident memory of the whole process; 0: what is free", SET(memory)},
+    {NULL, "window", FL_KIND_INTEGER, "LAYERS", 0, 256, "0",
+     "layers that learn in a step; 0: chosen", SET(window)},
+    {NULL, "schedule", FL_KIND_CHOICE, NULL, 0, 0, "last", "which window a step trains",
+     "last|ordered|cyclic|random|heavy|importance", offsetof(tune_opts, schedule)},
+    {NULL, "exits", FL_KIND_INTEGER, "N", 1, 8, "4", "exits, evenly spaced", SET(exits)},
+    {NULL, "sequence", FL_KIND_INTEGER, "TOKENS", 0, 4096, "0",
+     "tokens of a micro-batch; 0: chosen", SET(sequence)},
+    {NULL, "micro-batches", FL_KIND_INTEGER, "N", 0, 1024, "0", "micro-batches a step; 0: chosen",
+     SET(micro)},
+    {NULL, "rank", FL_KIND_INTEGER, "R", 1, 64, "8", "rank of the adapters", SET(rank)},
+    {NULL, "steps", FL_KIND_INTEGER, "N", 1, 1000000, "128", "tuning steps", SET(steps)},
+    {NULL, "seed", FL_KIND_INTEGER, "S", 0, 0, "1", "seed of the order of the data", SET(seed)},
+    {NULL, "lr", FL_KIND_NUMBER, "RATE", 1e-6, 1, "0.005", "learning rate", SET(lr)},
+    {NULL, "threads", FL_KIND_INTEGER, "N", 0, 64, "0", "threads; 0: all fast cores", SET(threads)},
+    {NULL, "json", FL_KIND_FLAG, NULL, 0, 0, "no", "JSON for machines", SET(json)},
+    {NULL, "out", FL_KIND_TEXT, "ADAPTER", 0, 0, NULL, "where the adapter is written", SET(out)},
+    {NULL, "adapter", FL_KIND_TEXT, "ADAPTER", 0, 0, "", "go on from this adapter", SET(adapter)},
+};
+
+// Everything a run needs, opened in order and closed together.
+typedef struct tune_run {
+    node_setup session;
+    node_adapter *adapter; // session.adapter, or one of our own
+    bool own_adapter;
+    node_corpus *corpus;
+    node_tune_plan plan;
+} tune_run;
+
+static void close_run(tune_run *r) {
+    if (r->own_adapter) node_adapter_close(r->adapter);
+    node_corpus_close(r->corpus);
+    node_setup_close(&r->session);
+}
+
+static fl_status open_adapter(tune_run *r, const tune_opts *o, fl_err *err) {
+    r->adapter = r->session.adapter;
+    if (r->adapter != NULL) return FL_OK;
+    node_model *model = r->session.model;
+    if (o->exits > model->layers)
+        return FL_FAIL(err, FL_EARG, "%lld exits, but the model has %u layers", (long long)o->exits,
+                       model->layers);
+    node_model_set_exits(model, (uint32_t)o->exits);
+    node_adapter_opts adapter = node_adapter_defaults();
+    adapter.alpha = adapter.alpha / (float)adapter.rank * (float)o->rank; // the same alpha / rank
+    adapter.rank = (uint32_t)o->rank;
+    r->own_adapter = true;
+    return node_adapter_open(model, &adapter, &r->adapter, err);
+}
+
+static fl_status make_plan(tune_run *r, const tune_opts *o, fl_err *err) {
+    static const node_window_kind kinds[] = {NODE_WINDOW_LAST,   NODE_WINDOW_ORDERED,
+                                             NODE_WINDOW_CYCLIC, NODE_WINDOW_RANDOM,
+                                             NODE_WINDOW_HEAVY,  NODE_WINDOW_IMPORTANCE};
+    node_tune_opts t = node_tune_defaults();
+    t.window.kind = kinds[o->schedule];
+    t.window.size = (uint32_t)o->window;
+    t.window.steps = (uint64_t)o->steps;
+    t.window.seed = t.seed = (uint64_t)o->seed;
+    t.sequence = (uint32_t)o->sequence;
+    t.micro = (uint32_t)o->micro;
+    t.lr = t.gain_lr = (float)o->lr;
+    t.threads = fl_pool_threads(r->session.pool);
+    t.memory_bytes = node_facts_memory_budget(&r->session.facts, o->memory);
+    return node_tune_make_plan(r->session.model, r->adapter->opts.rank, &r->corpus->train, &t,
+                               &r->plan, err);
+}
+
+static fl_status open_run(tune_run *r, const tune_opts *o, fl_err *err) {
+    const node_setup_opts session = {
+        .model = o->model, .adapter = o->adapter, .threads = o->threads};
+    FL_TRY(node_setup_open(&session, &r->session, err));
+    FL_TRY(open_adapter(r, o, err));
+    const node_corpus_opts corpus = {0};
+    FL_TRY(node_corpus_open(o->data, r->session.tokenizer, &corpus, &r->corpus, err));
+    node_tokenizer_close(r->session.tokenizer); // megabytes that tuning has better use for
+    r->session.tokenizer = NULL;
+    return make_plan(r, o, err);
+}
+
+static void add_plan(fl_json *root, const node_tune_plan *p) {
+    fl_json_set_integer(root, "planned_peak_bytes", (int64_t)p->peak_bytes);
+    fl_json_set_integer(root, "arena_bytes", (int64_t)p->arena_bytes);
+    fl_json_set_integer(root, "weight_bytes", (int64_t)p->weight_bytes);
+    fl_json_set_integer(root, "resident_bytes", (int64_t)p->resident_bytes);
+    fl_json_set_integer(root, "window", p->window);
+    fl_json_set_integer(root, "sequence", p->opts.sequence);
+    fl_json_set_integer(root, "micro_batches", p->opts.micro);
+    fl_json_set_integer(root, "chunk", p->opts.chunk);
+    fl_json_set_integer(root, "kept_layers", p->opts.kept);
+    fl_json_set_integer(root, "threads", p->opts.threads);
+}
+
+static int run_plan(const void *options) {
+    const tune_opts *o = options;
+    tune_run r = {0};
+    fl_err err;
+    fl_status st = open_run(&r, o, &err);
+    const node_tune_plan *p = &r.plan;
+    if (st == FL_OK && o->json) {
+        fl_json *root = fl_json_object();
+        add_plan(root, p);
+        st = fl_json_print(root, stdout, &err);
+        fl_json_free(root);
+    } else if (st == FL_OK) {
+        printf("peak %.1f MB = arena %.1f + weights %.1f + the rest of the process %.1f\n",
+               (double)p->peak_bytes / 1e6, (double)p->arena_bytes / 1e6,
+               (double)p->weight_bytes / 1e6, (double)p->resident_bytes / 1e6);
+        printf("window of %u layers, %u x %u tokens a step, vocabulary %u at a time, "
+               "activations of %u layers kept, %u threads\n",
+               p->window, p->opts.micro, p->opts.sequence, p->opts.chunk, p->opts.kept,
+               p->opts.threads);
+    }
+    close_run(&r);
+    return st == FL_OK ? FL_EXIT_OK : fl_cli_fail(&err);
+}
+
+// ---- tune
+
+static volatile sig_atomic_t stop;
+static void on_signal(int number) {
+    (void)number;
+    stop = 1;
+}
+
+static fl_status print_step(const tune_run *r, const node_tune_report *s, double rate, bool done,
+                            fl_err *err) {
+    fl_json *root = fl_json_object();
+    fl_json_set_integer(root, "step", (int64_t)s->step);
+    fl_json_set_integer(root, "tokens", (int64_t)s->tokens);
+    fl_json_set_number(root, "loss", s->loss);
+    fl_json_set_integer(root, "exit_layer", s->exit_layer);
+    fl_json *window = fl_json_add_array(root, "window");
+    fl_json_set_integer(window, NULL, s->window.first);
+    fl_json_set_integer(window, NULL, s->window.last);
+    fl_json_set_number(root, "tokens_per_second", rate);
+    fl_json_set_integer(root, "rss_bytes", (int64_t)node_rss_now());
+    if (done) {
+        fl_json_set_bool(root, "done", true);
+        fl_json_set_integer(root, "peak_rss_bytes", (int64_t)node_rss_peak());
+        fl_json_set_integer(root, "planned_peak_bytes", (int64_t)r->plan.peak_bytes);
+    }
+    const fl_status st = fl_json_print(root, stdout, err);
+    fl_json_free(root);
+    return st;
+}
+
+// One report is a second's worth of steps in JSON, a line's redraw on a terminal.
+static fl_status run_steps(tune_run *r, const tune_opts *o, node_tuner *tuner, fl_err *err) {
+    fl_progress bar;
+    fl_progress_init(&bar, "tuning", o->json);
+    const double start = fl_clock_s();
+    double reported = start, loss = 0;
+    node_tune_report s = {0};
+    uint64_t tokens = 0;
+    fl_status st = FL_OK;
+    for (int64_t i = 0; i < o->steps && !stop && st == FL_OK; i++) {
+        node_tuner_step(tuner, &s);
+        tokens += s.tokens;
+        const double now = fl_clock_s(), rate = (double)tokens / (now - start);
+        loss = i == 0 ? s.loss : 0.9 * loss + 0.1 * s.loss;
+        char note[96];
+        snprintf(note, sizeof(note), "loss %.3f, %.0f tokens/s", loss, rate);
+        fl_progress_step(&bar, (uint64_t)i + 1, (uint64_t)o->steps, note);
+        const bool last = i + 1 == o->steps || stop;
+        if (o->json && (last || now - reported >= 1.0)) {
+            reported = now;
+            st = print_step(r, &s, rate, false, err);
+        }
+    }
+    fl_progress_done(&bar);
+    if (st != FL_OK) return st;
+    // An exit that was never trained has nothing to say: then the vote stays with the last one.
+    if (r->plan.opts.window.kind != NODE_WINDOW_LAST && r->corpus->held.count > 0) {
+        node_eval_result scored;
+        st =
+            node_eval_settle_vote(&r->session.engine, r->session.model, r->adapter,
+                                  &r->corpus->held, fl_pool_threads(r->session.pool), &scored, err);
+        if (st != FL_OK) return st;
+    }
+    st = node_adapter_save(r->adapter, o->out, err);
+    if (st != FL_OK) return st;
+    const double rate = (double)tokens / (fl_clock_s() - start);
+    s.tokens = tokens;
+    if (o->json) return print_step(r, &s, rate, true, err);
+    printf("%llu steps, %llu tokens, %.0f tokens/s, last loss %.3f, peak %.1f MB (planned %.1f)\n"
+           "adapter written to %s\n",
+           (unsigned long long)s.step, (unsigned long long)tokens, rate, loss,
+           (double)node_rss_peak() / 1e6, (double)r->plan.peak_bytes / 1e6, o->out);
+    return FL_OK;
+}
+
+static int run_tune(const void *options) {
+    const tune_opts *o = options;
+    const struct sigaction action = {.sa_handler = on_signal};
+    sigaction(SIGTERM, &action, NULL);
+    sigaction(SIGINT, &action, NULL);
+    tune_run r = {0};
+    node_tuner *tuner = malloc(sizeof(*tuner));
+    void *block = NULL;
+    fl_err err;
+    fl_status st = tuner == NULL ? FL_FAIL(&err, FL_ENOMEM, "no memory to tune") : FL_OK;
+    if (st == FL_OK) st = open_run(&r, o, &err);
+    if (st == FL_OK) st = node_block_take(r.plan.arena_bytes, &block, &err);
+    if (st == FL_OK) {
+        fl_arena arena;
+        fl_arena_init(&arena, block, r.plan.arena_bytes);
+        node_tuner_bind(tuner, &r.session.engine, r.session.model, r.adapter, &r.corpus->train,
+                        &r.plan.opts, &arena);
+        st = run_steps(&r, o, tuner, &err);
+    }
+    free(block);
+    free(tuner);
+    close_run(&r);
+    return st == FL_OK ? FL_EXIT_OK : fl_cli_fail(&err);
+}
+
+const fl_command node_cmd_plan = {
+    .name = "plan",
+    .summary = "says how much memory tuning will take, before it takes any",
+    .example = "fleetune-node plan smollm2-4bit.gguf --data notes/ --memory 300M",
+    .table = table,
+    .count = FL_COUNT(table) - TUNE_ONLY,
+    .options_size = sizeof(tune_opts),
+    .run = run_plan,
+};
+
+const fl_command node_cmd_tune = {
+    .name = "tune",
+    .summary = "adapts a window of layers to private text",
+    .example = "fleetune-node tune smollm2-4bit.gguf --data notes/ --out notes.adapter",
+    .table = table,
+    .count = FL_COUNT(table),
+    .options_size = sizeof(tune_opts),
+    .run = run_tune,
+};

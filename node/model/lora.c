@@ -1,0 +1,14 @@
+#include "node/model/lora.h"
+
+#include <math.h>
+
+#include "common/rng.h"
+
+void node_lora_draw_a(uint64_t seed, uint32_t layer, node_module module, uint32_t rank,
+                      uint32_t cols, float *a) {
+    const uint64_t key = fl_rng_key(seed, layer, (uint64_t)module);
+    const float bound = sqrtf(3.0f / (float)cols); // both correctly rounded by IEEE 754
+    const size_t count = (size_t)rank * cols;
+    for (size_t i = 0; i < count; i++) // 24 bits: the difference is exact, one rounding follows
+        a[i] = (2.0f * fl_rng_unit(key, i) - 1.0f) * bound;
+}

@@ -1,0 +1,428 @@
+#include "node/state.h"
+
+#include "common/checked.h"
+#include "common/conf.h"
+#include "proto/update.h"
+
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/file.h>
+#include <unistd.h>
+
+// The two INI files are tables like any other: hex texts for keys, numbers for counters.
+typedef struct saved {
+    char host[FL_SETTING_TEXT_MAX], name[FL_SETTING_TEXT_MAX];
+    char coordinator_curve[FL_SETTING_TEXT_MAX], coordinator_identity[FL_SETTING_TEXT_MAX];
+    int64_t port;
+    char run_id[FL_SETTING_TEXT_MAX], model_digest[FL_SETTING_TEXT_MAX];
+    int64_t updates_made, reports_made;
+} saved;
+
+#define AT(field) NULL, offsetof(saved, field)
+static const fl_setting enrolment_table[] = {
+    {"coordinator", "host", FL_KIND_TEXT, "HOST", 0, 0, "", "name or address", AT(host)},
+    {"coordinator", "port", FL_KIND_INTEGER, "PORT", 1, 65535, "1", "TCP port", AT(port)},
+    {"coordinator", "curve_key", FL_KIND_TEXT, "HEX", 0, 0, "", "its transport key, pinned",
+     AT(coordinator_curve)},
+    {"coordinator", "identity_key", FL_KIND_TEXT, "HEX", 0, 0, "", "its identity, pinned",
+     AT(coordinator_identity)},
+    {"node", "name", FL_KIND_TEXT, "NAME", 0, 0, "", "what the owner calls this node", AT(name)},
+};
+static const fl_setting run_table[] = {
+    {"run", "id", FL_KIND_TEXT, "HEX", 0, 0, "", "the run this node takes part in", AT(run_id)},
+    {"run", "model", FL_KIND_TEXT, "HEX", 0, 0, "", "digest of its model", AT(model_digest)},
+    {"run", "updates", FL_KIND_INTEGER, "count", 0, 0, "0", "updates made", AT(updates_made)},
+    {"run", "reports", FL_KIND_INTEGER, "count", 0, 0, "0", "reports made", AT(reports_made)},
+};
+
+void node_state_path(const node_state *s, const char *name, char *path) {
+    snprintf(path, NODE_PATH_MAX, "%s/%s", s->folder, name);
+}
+
+void node_state_layer_path(const node_state *s, uint32_t layer, char *path) {
+    snprintf(path, NODE_PATH_MAX, "%s/layers/%03u", s->folder, layer);
+}
+
+static fl_status fail_errno(fl_err *err, const char *verb, const char *path) {
+    return FL_FAIL(err, FL_EIO, "cannot %s %s: %s", verb, path, strerror(errno));
+}
+
+static fl_status open_keys(node_state *s, fl_err *err) {
+    char path[NODE_PATH_MAX];
+    node_state_path(s, "identity.key", path);
+    fl_status st = fl_secret_load(path, FL_SEED_SIZE, &s->identity, err);
+    if (st == FL_ENOENT) {
+        FL_TRY(fl_sign_new(&s->identity, s->identity_key, err));
+        st = fl_secret_save(s->identity, path, err);
+    }
+    FL_TRY(st);
+    FL_TRY(fl_sign_key(s->identity, s->identity_key, err));
+    node_state_path(s, "curve.key", path);
+    st = fl_secret_load(path, FL_SEED_SIZE, &s->curve, err);
+    if (st == FL_ENOENT) {
+        FL_TRY(fl_dh_new(&s->curve, s->curve_key, err));
+        st = fl_secret_save(s->curve, path, err);
+    }
+    FL_TRY(st);
+    return fl_dh_key(s->curve, s->curve_key, err);
+}
+
+static fl_status load_table(const node_state *s, const char *name, const fl_setting *table,
+                            size_t count, saved *into, bool *ret_there, fl_err *err) {
+    char path[NODE_PATH_MAX];
+    node_state_path(s, name, path);
+    const fl_status st = fl_conf_load(path, "FLEETUNE_IN_FILE", table, count, into, err);
+    *ret_there = st == FL_OK;
+    return st == FL_ENOENT ? FL_OK : st;
+}
+
+static fl_status open_tables(node_state *s, fl_err *err) {
+    saved f = {0};
+    FL_TRY(load_table(s, "enrolment.ini", enrolment_table, FL_COUNT(enrolment_table), &f,
+                      &s->enrolled, err));
+    if (s->enrolled) {
+        snprintf(s->host, sizeof(s->host), "%.500s", f.host);
+        snprintf(s->name, sizeof(s->name), "%.500s", f.name);
+        s->port = f.port;
+        if (!fl_hex_decode(f.coordinator_curve, s->coordinator_curve, FL_KEY_SIZE) ||
+            !fl_hex_decode(f.coordinator_identity, s->coordinator_identity, FL_KEY_SIZE))
+            return FL_FAIL(err, FL_EFORMAT, "%s/enrolment.ini has damaged keys: join again",
+                           s->folder);
+    }
+    FL_TRY(load_table(s, "run.ini", run_table, FL_COUNT(run_table), &f, &s->has_run, err));
+    s->updates_made = f.updates_made;
+    s->reports_made = f.reports_made;
+    if (!s->has_run) return FL_OK;
+    s->has_run = fl_hex_decode(f.run_id, s->run_id, FL_ID_SIZE) &&
+                 fl_hex_decode(f.model_digest, s->model_digest, FL_DIGEST_SIZE);
+    return s->has_run ? FL_OK
+                      : FL_FAIL(err, FL_EFORMAT, "%s/run.ini is damaged: remove it", s->folder);
+}
+
+// Goes with the process, however it ends.
+static fl_status take_lock(node_state *s, fl_err *err) {
+    char path[NODE_PATH_MAX];
+    node_state_path(s, "lock", path);
+    const int fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600);
+    if (fd < 0) return fail_errno(err, "open", path);
+    s->lock = fd + 1;
+    if (flock(fd, LOCK_EX | LOCK_NB) == 0) return FL_OK;
+    return FL_FAIL(err, FL_ESTATE, "another fleetune-node works with the state in %s", s->folder);
+}
+
+fl_status node_state_open(const char *folder, node_state *ret, fl_err *err) {
+    node_state s = {0};
+    if (snprintf(s.folder, sizeof(s.folder), "%s", folder) >= (int)sizeof(s.folder))
+        return FL_FAIL(err, FL_EARG, "the state folder's path is too long");
+    FL_TRY(fl_crypto_init(err));
+    char path[NODE_PATH_MAX];
+    fl_status st = take_lock(&s, err);
+    node_state_path(&s, "layers", path);
+    if (st == FL_OK) st = fl_folder_make(path, err);
+    node_state_path(&s, "spool", path);
+    if (st == FL_OK) st = fl_folder_make(path, err);
+    if (st == FL_OK) st = open_keys(&s, err);
+    if (st == FL_OK) st = open_tables(&s, err);
+    if (st != FL_OK) {
+        node_state_close(&s);
+        return st;
+    }
+    *ret = s;
+    return FL_OK;
+}
+
+void node_state_close(node_state *s) {
+    fl_secret_close(s->identity);
+    fl_secret_close(s->curve);
+    if (s->lock > 0) close(s->lock - 1);
+    s->identity = s->curve = NULL;
+    s->lock = 0;
+}
+
+static fl_status save_table(const node_state *s, const char *name, const fl_setting *table,
+                            size_t count, const saved *values, fl_err *err) {
+    char path[NODE_PATH_MAX], *text = NULL;
+    size_t size = 0;
+    FILE *out = open_memstream(&text, &size);
+    if (out == NULL) return FL_FAIL(err, FL_ENOMEM, "no memory for %s", name);
+    fl_conf_print(table, count, values, out);
+    fclose(out);
+    node_state_path(s, name, path);
+    const fl_status st = fl_file_replace(path, (fl_bytes){(const uint8_t *)text, size}, err);
+    free(text);
+    return st;
+}
+
+static void hex(const uint8_t *in, size_t size, char *out, size_t out_size) {
+    const bool fits = fl_hex_encode((fl_bytes){in, size}, out, out_size);
+    FL_ASSERT(fits);
+}
+
+fl_status node_state_save_enrolment(const node_state *s, fl_err *err) {
+    saved f = {.port = s->port};
+    snprintf(f.host, sizeof(f.host), "%s", s->host);
+    snprintf(f.name, sizeof(f.name), "%s", s->name);
+    hex(s->coordinator_curve, FL_KEY_SIZE, f.coordinator_curve, sizeof(f.coordinator_curve));
+    hex(s->coordinator_identity, FL_KEY_SIZE, f.coordinator_identity,
+        sizeof(f.coordinator_identity));
+    return save_table(s, "enrolment.ini", enrolment_table, FL_COUNT(enrolment_table), &f, err);
+}
+
+fl_status node_state_save_run(const node_state *s, fl_err *err) {
+    saved f = {.updates_made = s->updates_made, .reports_made = s->reports_made};
+    hex(s->run_id, FL_ID_SIZE, f.run_id, sizeof(f.run_id));
+    hex(s->model_digest, FL_DIGEST_SIZE, f.model_digest, sizeof(f.model_digest));
+    return save_table(s, "run.ini", run_table, FL_COUNT(run_table), &f, err);
+}
+
+static void empty_folder(const node_state *s, const char *name) {
+    char folder[NODE_PATH_MAX], path[NODE_PATH_MAX + 256];
+    node_state_path(s, name, folder);
+    DIR *d = opendir(folder);
+    if (d == NULL) return;
+    for (const struct dirent *e = readdir(d); e != NULL; e = readdir(d)) {
+        if (e->d_name[0] == '.') continue;
+        snprintf(path, sizeof(path), "%s/%s", folder, e->d_name);
+        unlink(path);
+    }
+    closedir(d);
+}
+
+fl_status node_state_begin_run(node_state *s, const uint8_t run_id[FL_ID_SIZE],
+                               const uint8_t model_digest[FL_DIGEST_SIZE], fl_err *err) {
+    if (s->has_run && memcmp(s->run_id, run_id, FL_ID_SIZE) == 0 &&
+        memcmp(s->model_digest, model_digest, FL_DIGEST_SIZE) == 0)
+        return FL_OK;
+    empty_folder(s, "layers");
+    empty_folder(s, "spool");
+    memcpy(s->run_id, run_id, FL_ID_SIZE);
+    memcpy(s->model_digest, model_digest, FL_DIGEST_SIZE);
+    s->has_run = true;
+    return node_state_save_run(s, err);
+}
+
+fl_status node_state_held(const node_state *s, fl_layer_version *held, size_t *ret_count,
+                          fl_err *err) {
+    size_t count = 0;
+    for (uint32_t layer = 0; layer < FL_LAYERS_MAX; layer++) {
+        char path[NODE_PATH_MAX];
+        node_state_layer_path(s, layer, path);
+        fl_map map = {0};
+        const fl_status st = fl_map_open(path, &map, err);
+        if (st == FL_ENOENT) continue;
+        fl_layer l;
+        if (st != FL_OK || fl_layer_open(map.bytes, &l, err) != FL_OK || l.layer != layer)
+            unlink(path);
+        else
+            held[count++] = (fl_layer_version){layer, l.version};
+        fl_map_close(&map);
+    }
+    *ret_count = count;
+    return FL_OK;
+}
+
+// ---- fetching
+
+static void part_path(const node_state *s, const node_object *o, char *path) {
+    char name[32];
+    if (o->model)
+        snprintf(name, sizeof(name), "model.part");
+    else
+        snprintf(name, sizeof(name), "layers/%03u.part", o->layer);
+    node_state_path(s, name, path);
+}
+
+// What is there of a part must be of this very object: its digest is kept beside it.
+static void part_digest_path(const node_state *s, const node_object *o, char *path) {
+    part_path(s, o, path);
+    const size_t n = strlen(path);
+    snprintf(path + n, NODE_PATH_MAX - n, "-of");
+}
+
+fl_status node_state_fetched(const node_state *s, const node_object *o, uint64_t *ret,
+                             fl_err *err) {
+    char path[NODE_PATH_MAX], digest_path[NODE_PATH_MAX];
+    part_path(s, o, path);
+    part_digest_path(s, o, digest_path);
+    uint8_t *digest = NULL;
+    size_t size = 0;
+    *ret = 0;
+    const bool same = fl_file_read(digest_path, FL_DIGEST_SIZE, &digest, &size, NULL) == FL_OK &&
+                      size == FL_DIGEST_SIZE && memcmp(digest, o->digest, size) == 0;
+    free(digest);
+    if (!same) {
+        unlink(path);
+        return fl_file_replace(digest_path, (fl_bytes){o->digest, FL_DIGEST_SIZE}, err);
+    }
+    const int fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0) return FL_OK;
+    const off_t end = lseek(fd, 0, SEEK_END);
+    close(fd);
+    if (end > 0) *ret = (uint64_t)end < o->size ? (uint64_t)end : o->size;
+    return FL_OK;
+}
+
+fl_status node_state_store(const node_state *s, const node_object *o, uint64_t offset,
+                           fl_bytes piece, fl_err *err) {
+    char path[NODE_PATH_MAX];
+    part_path(s, o, path);
+    const int fd = open(path, O_WRONLY | O_CREAT | O_CLOEXEC, 0600);
+    if (fd < 0) return fail_errno(err, "write", path);
+    size_t done = 0;
+    fl_status st = FL_OK;
+    while (done < piece.size) {
+        const ssize_t n = pwrite(fd, piece.data + done, piece.size - done, (off_t)(offset + done));
+        if (n < 0 && errno == EINTR) continue;
+        if (n <= 0) {
+            st = fail_errno(err, "write", path);
+            break;
+        }
+        done += (size_t)n;
+    }
+    close(fd);
+    return st;
+}
+
+static fl_status check_part(const node_object *o, const char *path, fl_err *err) {
+    fl_map map;
+    FL_TRY(fl_map_open(path, &map, err));
+    uint8_t digest[FL_DIGEST_SIZE];
+    fl_hash(map.bytes, digest);
+    const bool good = map.bytes.size == o->size && fl_equal(digest, o->digest, sizeof(digest));
+    fl_map_close(&map);
+    return good ? FL_OK
+                : FL_FAIL(err, FL_EAUTH, "what was fetched has another digest: fetched again");
+}
+
+fl_status node_state_fetch_done(node_state *s, const node_object *o, fl_err *err) {
+    char path[NODE_PATH_MAX], digest_path[NODE_PATH_MAX], final[NODE_PATH_MAX];
+    part_path(s, o, path);
+    part_digest_path(s, o, digest_path);
+    if (o->model)
+        node_state_path(s, "model.gguf", final);
+    else
+        node_state_layer_path(s, o->layer, final);
+    const fl_status st = check_part(o, path, err);
+    if (st != FL_OK) {
+        unlink(path);
+        return st;
+    }
+    const int fd = open(path, O_RDONLY | O_CLOEXEC);
+    const bool synced = fd >= 0 && fsync(fd) == 0;
+    if (fd >= 0) close(fd);
+    if (!synced || rename(path, final) != 0) return fail_errno(err, "keep", final);
+    unlink(digest_path);
+    return FL_OK;
+}
+
+// ---- spool. A file is u32 size of the encoded UPDATE_BEGIN, that message, the sealed payload.
+
+static void spool_path(const node_state *s, uint64_t sequence, char *path) {
+    char name[64];
+    snprintf(name, sizeof(name), "spool/%012llu", (unsigned long long)sequence);
+    node_state_path(s, name, path);
+}
+
+enum { BEGIN_MAX = 512, BEGIN_ARENA = 8192 };
+
+fl_status node_state_spool_add(const node_state *s, const fl_update_begin *begin, fl_bytes sealed,
+                               fl_err *err) {
+    _Alignas(16) uint8_t block[BEGIN_ARENA];
+    uint8_t head[4];
+    fl_arena scratch;
+    fl_arena_init(&scratch, block, sizeof(block));
+    const fl_msg m = {.type = FL_MSG_UPDATE_BEGIN, .update_begin = *begin};
+    fl_bytes body;
+    FL_TRY(fl_msg_encode(&m, &scratch, &body, err));
+    fl_put_u32(head, (uint32_t)body.size);
+    char path[NODE_PATH_MAX];
+    spool_path(s, begin->key.sequence, path);
+    fl_file *f = NULL;
+    fl_status st = fl_file_create(path, &f, err);
+    if (st != FL_OK) goto out;
+    st = fl_file_write(f, (fl_bytes){head, sizeof(head)}, err);
+    if (st != FL_OK) goto out;
+    st = fl_file_write(f, body, err);
+    if (st != FL_OK) goto out;
+    st = fl_file_write(f, sealed, err);
+    if (st != FL_OK) goto out;
+    st = fl_file_commit(&f, err);
+out:
+    fl_file_discard(f);
+    return st;
+}
+
+// The message at the head of a spooled file, and where its payload begins.
+static fl_status spool_head(fl_bytes file, fl_update_begin *ret, size_t *ret_payload, fl_err *err) {
+    _Alignas(16) uint8_t block[BEGIN_ARENA];
+    fl_arena scratch;
+    fl_arena_init(&scratch, block, sizeof(block));
+    fl_reader r = {.in = file};
+    const uint32_t size = fl_read_u32(&r);
+    const fl_bytes body = fl_read_bytes(&r, size);
+    if (r.bad || size > BEGIN_MAX) return FL_FAIL(err, FL_EFORMAT, "a spooled update is damaged");
+    fl_msg m;
+    FL_TRY(fl_msg_decode(FL_MSG_UPDATE_BEGIN, body, &scratch, &m, err));
+    if (m.update_begin.size != fl_reader_left(&r))
+        return FL_FAIL(err, FL_EFORMAT, "a spooled update is cut short");
+    *ret = m.update_begin;
+    *ret_payload = r.at;
+    return FL_OK;
+}
+
+static int by_sequence(const void *a, const void *b) {
+    const uint64_t x = ((const node_spooled *)a)->begin.key.sequence;
+    const uint64_t y = ((const node_spooled *)b)->begin.key.sequence;
+    return (x > y) - (x < y);
+}
+
+fl_status node_state_spool_list(const node_state *s, node_spooled *list, size_t *ret_count,
+                                fl_err *err) {
+    char folder[NODE_PATH_MAX], path[NODE_PATH_MAX + 256];
+    node_state_path(s, "spool", folder);
+    DIR *d = opendir(folder);
+    if (d == NULL) return fail_errno(err, "list", folder);
+    size_t count = 0;
+    for (const struct dirent *e = readdir(d); e != NULL; e = readdir(d)) {
+        if (e->d_name[0] == '.' || count == FL_LAYERS_MAX) continue;
+        snprintf(path, sizeof(path), "%s/%s", folder, e->d_name);
+        fl_map map = {0};
+        size_t payload;
+        if (fl_map_open(path, &map, err) != FL_OK ||
+            spool_head(map.bytes, &list[count].begin, &payload, err) != FL_OK)
+            unlink(path); // a temporary file of a write that was cut off: never acknowledged
+        else
+            count++;
+        fl_map_close(&map);
+    }
+    closedir(d);
+    qsort(list, count, sizeof(*list), by_sequence);
+    *ret_count = count;
+    return FL_OK;
+}
+
+fl_status node_state_spool_read(const node_state *s, uint64_t sequence, uint64_t offset,
+                                uint32_t size, uint8_t *out, fl_err *err) {
+    char path[NODE_PATH_MAX];
+    spool_path(s, sequence, path);
+    fl_map map;
+    FL_TRY(fl_map_open(path, &map, err));
+    fl_update_begin begin;
+    size_t payload;
+    fl_status st = spool_head(map.bytes, &begin, &payload, err);
+    if (st == FL_OK && (offset > begin.size || size > begin.size - offset))
+        st = FL_FAIL(err, FL_EARG, "a piece past the end of a spooled update");
+    if (st == FL_OK) memcpy(out, map.bytes.data + payload + offset, size);
+    fl_map_close(&map);
+    return st;
+}
+
+void node_state_spool_drop(const node_state *s, uint64_t sequence) {
+    char path[NODE_PATH_MAX];
+    spool_path(s, sequence, path);
+    unlink(path);
+}

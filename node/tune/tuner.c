@@ -1,0 +1,193 @@
+#include "node/tune/tuner.h"
+
+#include <math.h>
+#include <string.h>
+
+#include "kernels/adamw.h"
+#include "kernels/vec.h"
+
+static uint32_t widest_span(const node_model *model, uint32_t rank) {
+    uint32_t most = 0;
+    for (uint32_t l = 0; l < model->layers; l++) {
+        const uint32_t count = node_adapter_layer_count(model, l, rank);
+        if (count > most) most = count;
+    }
+    return most;
+}
+
+// Moments of the active window only when it moves rarely (they start anew when it does), of all
+// layers when every step may train others.
+static uint32_t slots_of(const node_model *model, const node_window_opts *w, uint32_t window) {
+    return node_window_is_fixed(w) || w->kind == NODE_WINDOW_ORDERED ? window : model->layers;
+}
+
+void node_tuner_bind(node_tuner *t, const node_engine *engine, const node_model *model,
+                     node_adapter *adapter, const node_docs *docs, const node_tune_opts *planned,
+                     fl_arena *arena) {
+    const uint32_t rank = adapter->lora.rank, n = planned->sequence;
+    const size_t row = model->hidden;
+    *t = (node_tuner){.engine = engine, .model = model, .adapter = adapter, .opts = *planned};
+    t->window = node_window_layers(model, &planned->window);
+    t->slots = slots_of(model, &planned->window, t->window);
+    t->span = widest_span(model, rank);
+    t->slot_first = UINT32_MAX;
+    node_packer_bind(&t->packer, docs, n, true, planned->seed, arena);
+    node_micro_bind(&t->micro, n, arena);
+    t->scratch = node_scratch_bind(model, n, planned->threads, arena);
+    node_head_bind(&t->head, model, n, 1, planned->chunk, arena);
+    node_back_bind(&t->back, model, n, rank, arena);
+    if (planned->kept < t->window) node_acts_bind(&t->acts, model, n, n, rank, arena);
+    t->kept = FL_ARENA_NEW(arena, node_acts, planned->kept);
+    for (uint32_t i = 0; i < planned->kept; i++) {
+        node_acts unused;
+        node_acts_bind(t->kept == NULL ? &unused : &t->kept[i], model, n, n, rank, arena);
+    }
+    t->x = fl_arena_alloc(arena, n * row, sizeof(float), 64);
+    t->dx = fl_arena_alloc(arena, n * row, sizeof(float), 64);
+    t->inputs = fl_arena_alloc(arena, n * row * t->window, sizeof(float), 64);
+    const size_t moments = (size_t)t->slots * t->span + (size_t)model->exits * row;
+    t->grad = fl_arena_alloc(arena, (size_t)t->window * t->span + row, sizeof(float), 64);
+    t->m = fl_arena_alloc(arena, moments, sizeof(float), 64);
+    t->v = fl_arena_alloc(arena, moments, sizeof(float), 64);
+    t->updates = FL_ARENA_NEW(arena, uint64_t, t->slots + model->exits);
+}
+
+// Activations of a window's layer: kept ones belong to the layers nearest the exit.
+static node_acts *acts_of(node_tuner *t, node_window w, uint32_t layer) {
+    const uint32_t from_top = w.last - layer;
+    return from_top < t->opts.kept ? &t->kept[from_top] : &t->acts;
+}
+
+static void run_layer(node_tuner *t, const node_batch *batch, uint32_t layer, node_acts *acts) {
+    node_layer_forward(t->engine, t->model, layer, &t->adapter->lora, batch, acts, t->scratch,
+                       t->x);
+}
+
+static void forward(node_tuner *t, const node_batch *batch, node_window w) {
+    const size_t size = (size_t)t->opts.sequence * t->model->hidden;
+    node_embed(t->engine, t->model, batch, t->x);
+    // Below the window nothing is kept, so any activations will do; the lowest is written last.
+    for (uint32_t l = 0; l < w.first; l++)
+        run_layer(t, batch, l, t->opts.kept < t->window ? &t->acts : &t->kept[t->window - 1]);
+    for (uint32_t l = w.first; l <= w.last; l++) {
+        memcpy(t->inputs + (l - w.first) * size, t->x,
+               (size_t)batch->tokens * t->model->hidden * sizeof(float));
+        run_layer(t, batch, l, acts_of(t, w, l));
+    }
+}
+
+static double micro_step(node_tuner *t, node_window w, float weight) {
+    const size_t row = t->model->hidden, size = t->opts.sequence * row;
+    const node_batch batch = node_micro_batch(&t->micro);
+    forward(t, &batch, w);
+    const node_loss_job loss = {.model = t->model,
+                                .gain = t->adapter->lora.exit_gain[w.exit],
+                                .tokens = batch.tokens,
+                                .x = t->x,
+                                .target = t->micro.target,
+                                .weight = weight,
+                                .dnorm = t->back.dnorm,
+                                .dx = t->dx,
+                                .dgain = t->grad + (size_t)t->window * t->span};
+    const double nll = node_loss_step(t->engine, &t->head, &loss, t->scratch);
+    for (uint32_t l = w.last + 1; l-- > w.first;) {
+        float *input = t->inputs + (l - w.first) * size;
+        node_acts *acts = acts_of(t, w, l);
+        if (acts == &t->acts) {
+            memcpy(t->x, input, batch.tokens * row * sizeof(float));
+            run_layer(t, &batch, l, acts);
+        }
+        const node_layer_job job = {.model = t->model,
+                                    .layer = l,
+                                    .lora = &t->adapter->lora,
+                                    .batch = &batch,
+                                    .acts = acts,
+                                    .x = input,
+                                    .dy = t->dx,
+                                    .db = t->grad + (size_t)(l - w.first) * t->span,
+                                    .last = l == w.first};
+        node_layer_backward(t->engine, &job, &t->back, t->scratch);
+    }
+    return nll;
+}
+
+static double grad_square(const node_tuner *t, node_window w) {
+    double sum = fl_vec_sumsq(t->model->hidden, t->grad + (size_t)t->window * t->span);
+    for (uint32_t l = w.first; l <= w.last; l++)
+        sum += fl_vec_sumsq(t->adapter->span_count[l], t->grad + (size_t)(l - w.first) * t->span);
+    return sum;
+}
+
+static void clip(node_tuner *t, node_window w, float scale) {
+    fl_vec_scale(t->model->hidden, scale, t->grad + (size_t)t->window * t->span);
+    for (uint32_t l = w.first; l <= w.last; l++)
+        fl_vec_scale(t->adapter->span_count[l], scale, t->grad + (size_t)(l - w.first) * t->span);
+}
+
+// Points slots at this window; where they belonged to another, their moments start anew.
+static void claim_slots(node_tuner *t, node_window w) {
+    if (t->slots == t->model->layers) {
+        t->slot_first = 0;
+        return;
+    }
+    if (t->slot_first == w.first) return;
+    t->slot_first = w.first;
+    memset(t->m, 0, (size_t)t->slots * t->span * sizeof(float));
+    memset(t->v, 0, (size_t)t->slots * t->span * sizeof(float));
+    memset(t->updates, 0, t->slots * sizeof(*t->updates));
+}
+
+static void update(node_tuner *t, node_window w) {
+    const node_tune_opts *o = &t->opts;
+    const float rise = t->step < o->warmup ? (float)(t->step + 1) / (float)(o->warmup + 1) : 1.0f;
+    fl_adamw adam = {.lr = o->lr * rise,
+                     .beta1 = o->beta1,
+                     .beta2 = o->beta2,
+                     .epsilon = o->epsilon,
+                     .decay = o->decay};
+    claim_slots(t, w);
+    for (uint32_t l = w.first; l <= w.last; l++) {
+        const uint32_t slot = l - t->slot_first;
+        const size_t at = (size_t)slot * t->span;
+        adam.step = ++t->updates[slot];
+        fl_adamw_step(&adam, t->adapter->span_count[l], t->adapter->span[l],
+                      t->grad + (size_t)(l - w.first) * t->span, t->m + at, t->v + at);
+    }
+    const size_t at = (size_t)t->slots * t->span + (size_t)w.exit * t->model->hidden;
+    adam.lr = o->gain_lr * rise;
+    adam.decay = 0; // a gain decays towards nothing useful
+    adam.step = ++t->updates[t->slots + w.exit];
+    fl_adamw_step(&adam, t->model->hidden, t->adapter->lora.exit_gain[w.exit],
+                  t->grad + (size_t)t->window * t->span, t->m + at, t->v + at);
+}
+
+void node_tuner_step(node_tuner *t, node_tune_report *ret) {
+    const node_window w = node_window_at(t->model, &t->opts.window, t->step);
+    double nll = 0;
+    uint64_t scored = 0, tokens = 0;
+    memset(t->grad, 0, ((size_t)t->window * t->span + t->model->hidden) * sizeof(float));
+    // Micro-batches are full (pieces wrap around), so the weight of a token is known beforehand.
+    const float weight = 1.0f / (float)((uint64_t)t->opts.micro * t->opts.sequence);
+    for (uint32_t i = 0; i < t->opts.micro; i++) {
+        if (!node_packer_fill(&t->packer, &t->micro, true)) break;
+        nll += micro_step(t, w, weight);
+        scored += t->micro.scored;
+        tokens += t->micro.tokens;
+    }
+    const double norm = sqrt(grad_square(t, w));
+    *ret = (node_tune_report){.window = w,
+                              .exit_layer = t->model->exit_layer[w.exit],
+                              .loss = scored == 0 ? 0 : nll / (double)scored,
+                              .tokens = tokens,
+                              .grad_norm = (float)norm,
+                              .skipped = !isfinite(norm) || !isfinite(nll)};
+    if (!ret->skipped) {
+        if (t->opts.clip > 0 && norm > (double)t->opts.clip)
+            clip(t, w, (float)((double)t->opts.clip / norm));
+        update(t, w);
+        float *seen = &t->opts.window.importance[w.exit];
+        *seen = *seen == 0 ? (float)norm : 0.9f * *seen + 0.1f * (float)norm;
+    }
+    t->tokens += tokens;
+    ret->step = ++t->step;
+}

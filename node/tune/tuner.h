@@ -1,0 +1,119 @@
+// tuner.h: tuning as plan, bind, step.
+//
+// One step: `micro` micro-batches of at most `sequence` tokens go through layers 0 .. e only, the
+// loss is taken there, and gradients go back through the window that ends at e; AdamW then changes
+// the B's of the window and the gain of the exit, and nothing else. Window inputs are kept and each
+// layer is run again on the way back, except the `kept` topmost, whose activations are kept too
+// (the same bits, less time, more memory).
+//
+//   Memory   node_tune_plan knows the exact number of bytes that bind takes, from sizes alone, and
+//            adds what else will be resident: the mapped weights that steps touch and what the
+//            process holds already. A plan that does not fit `memory_bytes` is refused with the
+//            smallest that would. What the caller left at 0 the plan chooses: the fastest that
+//            fits.
+//   Bits     a run is a function of (model, adapter, documents, options): of seed and step, not of
+//            threads or of what was planned for `kept` and `chunk` (chunk: in the last bits only).
+//   Source   truncated forward and windows: Edge-LLM, arXiv 2406.15758, section 3.2; recomputation:
+//            Chen et al. 2016, arXiv 1604.06174; AdamW: arXiv 1711.05101, algorithm 2.
+#ifndef NODE_TUNE_TUNER_H
+#define NODE_TUNE_TUNER_H
+
+#include "node/tune/adapter.h"
+#include "node/tune/backward.h"
+#include "node/tune/data.h"
+#include "node/tune/loss.h"
+#include "node/tune/window.h"
+
+enum {
+    NODE_TUNE_SEQUENCE = 128, // many small steps learned more from a token than few large ones
+    NODE_TUNE_SEQUENCE_MIN = 16,
+    NODE_TUNE_SEQUENCE_MAX = 4096,
+    NODE_TUNE_MICRO_MAX = 1024,
+    NODE_TUNE_RESIDENT = 12 << 20, // bytes of the program itself, when the caller does not know
+};
+#define NODE_TUNE_KEEP_AUTO UINT32_MAX
+
+typedef struct node_tune_opts {
+    node_window_opts window; // window.size 0: chosen
+    uint32_t sequence;       // tokens of a micro-batch; 0: chosen
+    uint32_t micro;          // micro-batches a step; 0: 1
+    uint32_t chunk;          // vocabulary entries at a time; 0: chosen
+    uint32_t kept;           // layers whose activations are kept; NODE_TUNE_KEEP_AUTO: chosen
+    uint32_t threads;        // of the engine's pool
+    float lr, gain_lr;       // of the B's and of the exit's gain
+    float beta1, beta2, epsilon, decay;
+    float clip;              // largest norm of the gradient of all that the step trains; 0: none
+    uint32_t warmup;         // steps over which the rates rise linearly
+    uint64_t seed;           // of the order of the data and of random windows
+    uint64_t memory_bytes;   // the whole process may have resident; 0: no limit
+    uint64_t resident_bytes; // what it has already, weights not counted; 0: NODE_TUNE_RESIDENT,
+                             // the adapter and the tokens
+} node_tune_opts;
+
+// The measured recipe (SmolLM2-135M, three domains, 12,000 tokens each): last window at the last
+// exit, lr 5e-3 for B and gain, betas 0.8 and 0.95, no decay, clip 1 as a safety net, 5 steps of
+// warm-up, steps of 1 x 128 tokens. Training the lower layers for early exits in runs this short
+// made the last exit worse. Everything that a plan can choose is left to it.
+node_tune_opts node_tune_defaults(void);
+
+typedef struct node_tune_plan {
+    node_tune_opts opts;     // every choice made
+    uint32_t window;         // layers of the widest window
+    uint64_t arena_bytes;    // exactly what bind takes
+    uint64_t weight_bytes;   // of the mapped model, touched by steps
+    uint64_t resident_bytes; // of the process besides
+    uint64_t peak_bytes;     // the sum: the process's resident set at its highest
+} node_tune_plan;
+
+// FL_EARG for options out of range (a window larger than the model, an exit that does not exist),
+// FL_ENOMEM when nothing fits the memory, with the smallest that would, or when the caller's fixed
+// choices do not fit, with choices that do. `docs` are what will be trained on; `rank` the
+// adapter's.
+fl_status node_tune_make_plan(const node_model *model, uint32_t rank, const node_docs *docs,
+                              const node_tune_opts *opts, node_tune_plan *ret,
+                              fl_err *err) FL_NODISCARD;
+
+typedef struct node_tuner {
+    const node_engine *engine;
+    const node_model *model;
+    node_adapter *adapter;
+    node_tune_opts opts;
+    uint64_t step;   // steps done
+    uint64_t tokens; // inputs seen
+    node_packer packer;
+    node_micro micro;
+    node_scratch *scratch;
+    node_head head;
+    node_back back;
+    node_acts acts;               // of layers that are recomputed
+    node_acts *kept;              // [opts.kept]
+    float *x, *dx;                // [sequence][hidden]
+    float *inputs;                // [window][sequence][hidden]
+    float *grad;                  // [window] spans of a layer, then one gain
+    float *m, *v;                 // moments: [slots] spans, then [exits] gains
+    uint64_t *updates;            // [slots + exits] steps that each has taken
+    uint32_t window, slots, span; // span: floats of the widest layer
+    uint32_t slot_first;          // layer of slot 0
+} node_tuner;
+
+// Takes plan->arena_bytes from an arena whose block is 64-byte aligned, or counts them. Adapter,
+// model, engine and documents outlive the tuner. Cannot fail.
+void node_tuner_bind(node_tuner *tuner, const node_engine *engine, const node_model *model,
+                     node_adapter *adapter, const node_docs *docs, const node_tune_opts *planned,
+                     fl_arena *arena);
+
+typedef struct node_tune_report {
+    uint64_t step;      // the first is 1
+    node_window window; // exit and layers
+    uint32_t exit_layer;
+    double loss;     // mean nats a token, before the update
+    uint64_t tokens; // of this step
+    float grad_norm; // before clipping
+    bool skipped;    // the gradient was not finite: nothing was changed
+} node_tune_report;
+
+// Allocates nothing. The adapter's values may be changed between steps (a federation's new round);
+// the moments stay.
+void node_tuner_step(node_tuner *tuner, node_tune_report *ret);
+
+#endif

@@ -1,0 +1,93 @@
+#include "node/tune/window.h"
+
+#include <string.h>
+
+#include "common/rng.h"
+
+static const char *const names[] = {"last",  "ordered",    "cyclic", "random",
+                                    "heavy", "importance", "fixed"};
+
+const char *node_window_name(node_window_kind kind) {
+    return (size_t)kind < FL_COUNT(names) ? names[kind] : "unknown";
+}
+
+bool node_window_parse(const char *name, node_window_kind *ret) {
+    for (size_t i = 0; i < FL_COUNT(names); i++) {
+        if (strcmp(name, names[i]) != 0) continue;
+        *ret = (node_window_kind)i;
+        return true;
+    }
+    return false;
+}
+
+node_window node_window_of_exit(const node_model *model, uint32_t size, uint32_t exit) {
+    FL_ASSERT(exit < model->exits);
+    const uint32_t end = model->exit_layer[exit];
+    const uint32_t below = exit == 0 ? 0 : model->exit_layer[exit - 1];
+    if (size == 0) size = end - below;
+    if (size > end) size = end;
+    return (node_window){.exit = exit, .first = end - size, .last = end - 1};
+}
+
+static uint32_t by_importance(const node_model *model, const node_window_opts *opts, float u) {
+    float most = 0, sum = 0, weight[NODE_EXITS_MAX];
+    for (uint32_t t = 0; t < model->exits; t++)
+        if (opts->importance[t] > most) most = opts->importance[t];
+    for (uint32_t t = 0; t < model->exits; t++) {
+        weight[t] = most == 0 ? 1 : opts->importance[t] == 0 ? most : opts->importance[t];
+        sum += weight[t];
+    }
+    u *= sum;
+    for (uint32_t t = 0; t + 1 < model->exits; t++) {
+        if (u < weight[t]) return t;
+        u -= weight[t];
+    }
+    return model->exits - 1;
+}
+
+static uint32_t exit_at(const node_model *model, const node_window_opts *opts, uint64_t step) {
+    const uint32_t exits = model->exits;
+    const uint64_t key = fl_rng_key(opts->seed, 0x77696e, 0);
+    const uint64_t run = opts->steps / exits == 0 ? 1 : opts->steps / exits;
+    switch (opts->kind) {
+    case NODE_WINDOW_ORDERED:
+        return step / run < exits ? (uint32_t)(step / run) : exits - 1;
+    case NODE_WINDOW_CYCLIC:
+        return (uint32_t)(step % exits);
+    case NODE_WINDOW_RANDOM:
+        return (uint32_t)fl_rng_below(key, step, exits);
+    case NODE_WINDOW_HEAVY:
+        if (step % 2 == 0 || exits == 1) return exits - 1;
+        return (uint32_t)(step / 2 % (exits - 1));
+    case NODE_WINDOW_IMPORTANCE:
+        return by_importance(model, opts, fl_rng_unit(key, step));
+    case NODE_WINDOW_FIXED:
+        return opts->exit;
+    case NODE_WINDOW_LAST:
+        break;
+    }
+    return exits - 1;
+}
+
+node_window node_window_at(const node_model *model, const node_window_opts *opts, uint64_t step) {
+    return node_window_of_exit(model, opts->size, exit_at(model, opts, step));
+}
+
+bool node_window_is_fixed(const node_window_opts *opts) {
+    return opts->kind == NODE_WINDOW_FIXED || opts->kind == NODE_WINDOW_LAST;
+}
+
+uint32_t node_window_layers(const node_model *model, const node_window_opts *opts) {
+    uint32_t most = 0;
+    for (uint32_t t = 0; t < model->exits; t++) {
+        if (opts->kind == NODE_WINDOW_FIXED && t != opts->exit) continue;
+        if (opts->kind == NODE_WINDOW_LAST && t != model->exits - 1) continue;
+        const node_window w = node_window_of_exit(model, opts->size, t);
+        if (w.last - w.first + 1 > most) most = w.last - w.first + 1;
+    }
+    return most;
+}
+
+uint32_t node_window_depth(const node_model *model, const node_window_opts *opts) {
+    return model->exit_layer[opts->kind == NODE_WINDOW_FIXED ? opts->exit : model->exits - 1] - 1;
+}

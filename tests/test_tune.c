@@ -1,0 +1,433 @@
+// Goal: tuning keeps its promises: the plan is exact, a step allocates nothing and changes only its
+// window, the loss falls, and a run is a function of its seed. Method: small random models,
+// allocator calls counted, memory compared byte by byte, every refusal read.
+#include "node/tune/tuner.h"
+#include "tests/tiny_model.h"
+
+// Calls of the allocator from this program's objects: the linker leads them here (--wrap). Where
+// the sanitizer can tell, those of the C library count too.
+void *__real_malloc(size_t size);
+void *__real_calloc(size_t count, size_t size);
+void *__real_realloc(void *p, size_t size);
+void *__real_aligned_alloc(size_t align, size_t size);
+void __real_free(void *p);
+void *__wrap_malloc(size_t size);
+void *__wrap_calloc(size_t count, size_t size);
+void *__wrap_realloc(void *p, size_t size);
+void *__wrap_aligned_alloc(size_t align, size_t size);
+void __wrap_free(void *p);
+
+static volatile size_t allocations; // the compiler believes that malloc changes no variable
+
+void *__wrap_malloc(size_t size) {
+    allocations++;
+    return __real_malloc(size);
+}
+void *__wrap_calloc(size_t count, size_t size) {
+    allocations++;
+    return __real_calloc(count, size);
+}
+void *__wrap_realloc(void *p, size_t size) {
+    allocations++;
+    return __real_realloc(p, size);
+}
+void *__wrap_aligned_alloc(size_t align, size_t size) {
+    allocations++;
+    return __real_aligned_alloc(align, size);
+}
+void __wrap_free(void *p) {
+    allocations++;
+    __real_free(p);
+}
+
+#if defined(__SANITIZE_ADDRESS__)
+// Of the sanitizer's run time; gcc does not ship its header.
+int __sanitizer_install_malloc_and_free_hooks(void (*on_malloc)(const volatile void *, size_t),
+                                              void (*on_free)(const volatile void *));
+static void on_malloc(const volatile void *p, size_t size) {
+    (void)p, (void)size;
+    allocations++;
+}
+static void on_free(const volatile void *p) {
+    (void)p;
+    allocations++;
+}
+static void count_allocations(void) {
+    static bool installed;
+    if (!installed) __sanitizer_install_malloc_and_free_hooks(on_malloc, on_free);
+    installed = true;
+}
+#else
+static void count_allocations(void) {}
+#endif
+
+// Documents that repeat a few token patterns: easy to learn.
+typedef struct text {
+    int32_t ids[2000];
+    uint64_t begin[9];
+    node_docs docs;
+} text;
+
+static void make_text(text *x, uint32_t vocabulary) {
+    for (uint32_t d = 0; d < 8; d++) {
+        x->begin[d] = d * 250;
+        for (uint32_t i = 0; i < 250; i++)
+            x->ids[d * 250 + i] = (int32_t)((i * (d % 2 + 1) + d) % (vocabulary / 3));
+    }
+    x->begin[8] = 2000;
+    x->docs = (node_docs){x->ids, x->begin, 8};
+}
+
+typedef struct rig {
+    tiny_model *t;
+    node_adapter *adapter;
+    fl_kern kern;
+    node_engine engine;
+    text text;
+    void *block;
+    node_tune_plan plan;
+    node_tuner tuner;
+    size_t peak;
+} rig;
+
+static rig *rig_open(const tiny_shape *shape) {
+    rig *r = calloc(1, sizeof(*r));
+    T_NEED(r != NULL, "memory");
+    r->t = tiny_open(shape);
+    fl_kern_select(&r->kern, fl_cpu_detect());
+    r->engine = (node_engine){&r->kern, NULL};
+    node_adapter_opts opts = {.rank = 4, .alpha = 8.0f, .seed = 3};
+    fl_err err;
+    T_OK(node_adapter_open(&r->t->model, &opts, &r->adapter, &err), err);
+    make_text(&r->text, shape->vocabulary);
+    return r;
+}
+
+static void rig_bind(rig *r, const node_tune_opts *opts) {
+    fl_err err;
+    fl_arena arena;
+    T_OK(node_tune_make_plan(&r->t->model, 4, &r->text.docs, opts, &r->plan, &err), err);
+    free(r->block);
+    r->block = aligned_alloc(64, (r->plan.arena_bytes + 63) / 64 * 64);
+    T_NEED(r->block != NULL, "memory");
+    fl_arena_init(&arena, r->block, r->plan.arena_bytes);
+    node_tuner_bind(&r->tuner, &r->engine, &r->t->model, r->adapter, &r->text.docs, &r->plan.opts,
+                    &arena);
+    r->peak = arena.peak;
+}
+
+static void rig_close(rig *r) {
+    free(r->block);
+    node_adapter_close(r->adapter);
+    tiny_close(r->t);
+    free(r);
+}
+
+static node_tune_opts small_opts(void) {
+    node_tune_opts o = node_tune_defaults();
+    o.sequence = 32;
+    o.chunk = 48;
+    return o;
+}
+
+static void check_plan(uint32_t sequence, uint32_t size, uint32_t kept, int kind) {
+    tiny_shape shape = tiny_default;
+    shape.bits = kind % 2 == 0 ? 0 : 4;
+    rig *r = rig_open(&shape);
+    node_tune_opts o = small_opts();
+    node_tune_report report;
+    o.window.kind = (node_window_kind)kind;
+    o.window.size = size;
+    o.sequence = sequence;
+    o.kept = kept;
+    o.threads = 1 + sequence / 16;
+    rig_bind(r, &o);
+    T_EQ(r->peak, r->plan.arena_bytes);
+    node_tuner_step(&r->tuner, &report); // under ASan: inside the block
+    T_EQ(report.tokens, sequence);
+    rig_close(r);
+}
+
+static void test_plan_is_the_arena(void) {
+    for (uint32_t sequence = 16; sequence <= 48; sequence += 32)
+        for (uint32_t size = 0; size <= 4; size += 2)
+            for (uint32_t kept = 0; kept <= 3; kept += 3)
+                for (int kind = NODE_WINDOW_LAST; kind <= NODE_WINDOW_FIXED; kind++)
+                    check_plan(sequence, size, kept, kind);
+}
+
+static void test_a_step_allocates_nothing(void) {
+    rig *r = rig_open(&tiny_default);
+    node_tune_opts o = small_opts();
+    node_tune_report report;
+    o.window.kind = NODE_WINDOW_CYCLIC;
+    o.micro = 2;
+    rig_bind(r, &o);
+    count_allocations();
+    const size_t before = allocations;
+    void *volatile canary = malloc(10); // the counter counts
+    free(canary);
+    T_CHECK(allocations >= before + 2, "%zu", allocations);
+    const size_t start = allocations;
+    for (int i = 0; i < 40; i++) node_tuner_step(&r->tuner, &report); // crosses epochs too
+    T_EQ(allocations - start, 0);
+    T_CHECK(r->tuner.packer.epoch > 0, "the text went round");
+    rig_close(r);
+}
+
+static void test_loss_falls(void) {
+    for (uint32_t bits = 0; bits <= 4; bits += 4) {
+        tiny_shape shape = tiny_default;
+        shape.bits = bits;
+        rig *r = rig_open(&shape);
+        node_tune_opts o = small_opts();
+        node_tune_report report;
+        double first = 0, last = 0;
+        o.lr = o.gain_lr = 0.02f;
+        o.beta1 = 0.9f, o.beta2 = 0.99f;
+        o.window.size = 4;
+        rig_bind(r, &o);
+        for (int i = 0; i < 80; i++) {
+            node_tuner_step(&r->tuner, &report);
+            if (i < 10) first += report.loss / 10;
+            if (i >= 70) last += report.loss / 10;
+            T_CHECK(!report.skipped && report.step == (uint64_t)i + 1, "step %d", i);
+        }
+        T_CHECK(last < 0.6 * first, "%u bits: from %.3f to %.3f", bits, first, last);
+        rig_close(r);
+    }
+}
+
+// Every span but those of the window keeps its bits.
+static void test_a_step_changes_only_its_window(void) {
+    rig *r = rig_open(&tiny_default);
+    node_tune_opts o = small_opts();
+    node_tune_report report;
+    o.window.kind = NODE_WINDOW_CYCLIC;
+    o.window.size = 1;
+    rig_bind(r, &o);
+    const uint32_t layers = tiny_default.layers, spans = node_adapter_spans(r->adapter);
+    for (int i = 0; i < 4; i++) {
+        float *was[16];
+        for (uint32_t id = 0; id < spans; id++) {
+            was[id] = malloc(r->adapter->span_count[id] * sizeof(float));
+            node_adapter_get(r->adapter, id, was[id]);
+        }
+        node_tuner_step(&r->tuner, &report);
+        for (uint32_t id = 0; id < spans; id++) {
+            const bool same = memcmp(was[id], r->adapter->span[id],
+                                     r->adapter->span_count[id] * sizeof(float)) == 0;
+            const bool mine = id < layers ? id >= report.window.first && id <= report.window.last
+                                          : id - layers == report.window.exit;
+            T_CHECK(same != mine, "step %d, span %u", i, id);
+            free(was[id]);
+        }
+    }
+    rig_close(r);
+}
+
+static uint8_t *bytes_of(const node_adapter *a, size_t *ret_size) {
+    *ret_size = node_adapter_file_size(a);
+    uint8_t *p = malloc(*ret_size);
+    T_NEED(p != NULL, "memory");
+    node_adapter_encode(a, p);
+    return p;
+}
+
+// Runs 6 steps from the same start; what comes out as a file.
+static uint8_t *run_six(const node_tune_opts *o, uint32_t bits, fl_pool *pool, size_t *ret_size) {
+    tiny_shape shape = tiny_default;
+    shape.bits = bits;
+    t_seed = 77;
+    rig *r = rig_open(&shape);
+    node_tune_report report;
+    r->engine.pool = pool;
+    rig_bind(r, o);
+    for (int i = 0; i < 6; i++) node_tuner_step(&r->tuner, &report);
+    uint8_t *p = bytes_of(r->adapter, ret_size);
+    rig_close(r);
+    return p;
+}
+
+static void test_bits_do_not_depend_on_the_plan(void) {
+    fl_pool *pool = NULL;
+    fl_err err;
+    T_OK(fl_pool_open(3, &pool, &err), err);
+    for (uint32_t bits = 0; bits <= 4; bits += 4) {
+        size_t size, other;
+        node_tune_opts o = small_opts();
+        o.window.kind = NODE_WINDOW_RANDOM;
+        o.kept = 0;
+        uint8_t *want = run_six(&o, bits, NULL, &size);
+        for (uint32_t kept = 1; kept <= 2; kept++) {
+            o.kept = kept;
+            o.threads = 3;
+            uint8_t *got = run_six(&o, bits, kept == 1 ? pool : NULL, &other);
+            T_CHECK(other == size && memcmp(want, got, size) == 0, "%u kept, %u bits", kept, bits);
+            free(got);
+        }
+        o.seed = 2;
+        uint8_t *got = run_six(&o, bits, NULL, &other);
+        T_CHECK(other != size || memcmp(want, got, size) != 0, "the seed matters");
+        free(got);
+        free(want);
+    }
+    fl_pool_close(pool);
+}
+
+static void test_resume_from_a_file(void) {
+    rig *r = rig_open(&tiny_default);
+    const node_tune_opts o = small_opts();
+    node_tune_report report;
+    rig_bind(r, &o);
+    for (int i = 0; i < 5; i++) node_tuner_step(&r->tuner, &report);
+    size_t size, other;
+    uint8_t *saved = bytes_of(r->adapter, &size), *ends[2];
+    node_adapter *loaded = NULL;
+    fl_err err;
+    T_OK(node_adapter_decode((fl_bytes){saved, size}, &r->t->model, false, &loaded, &err), err);
+    for (int way = 0; way < 2;
+         way++) { // on with the one in memory, then with the one from the file
+        rig_bind(r, &o);
+        for (int i = 0; i < 3; i++) node_tuner_step(&r->tuner, &report);
+        ends[way] = bytes_of(r->adapter, &other);
+        node_adapter_close(way == 0 ? r->adapter : NULL);
+        if (way == 0) r->adapter = loaded;
+    }
+    T_CHECK(memcmp(ends[0], ends[1], other) == 0, "the same bits");
+    free(ends[0]);
+    free(ends[1]);
+    free(saved);
+    rig_close(r);
+}
+
+static void test_a_gradient_that_is_not_finite_changes_nothing(void) {
+    rig *r = rig_open(&tiny_default);
+    const node_tune_opts o = small_opts();
+    node_tune_report report;
+    rig_bind(r, &o);
+    r->adapter->span[3][1] = INFINITY;
+    float *was = malloc(r->adapter->span_count[3] * sizeof(float));
+    node_adapter_get(r->adapter, 3, was);
+    node_tuner_step(&r->tuner, &report);
+    T_CHECK(report.skipped, "it says so");
+    T_CHECK(memcmp(was, r->adapter->span[3], r->adapter->span_count[3] * sizeof(float)) == 0,
+            "the same bits");
+    free(was);
+    rig_close(r);
+}
+
+static void test_memory_is_refused_with_what_would_do(void) {
+    rig *r = rig_open(&tiny_default);
+    node_tune_opts o = node_tune_defaults();
+    node_tune_plan plan, small;
+    fl_err err;
+    o.memory_bytes = 1000;
+    T_EQ(node_tune_make_plan(&r->t->model, 4, &r->text.docs, &o, &plan, &err), FL_ENOMEM);
+    T_CHECK(strstr(err.text, "the smallest plan") != NULL, "%s", err.text);
+    o.memory_bytes = 0;
+    T_OK(node_tune_make_plan(&r->t->model, 4, &r->text.docs, &o, &plan, &err), err);
+    T_EQ(plan.opts.sequence, NODE_TUNE_SEQUENCE);
+    T_EQ(plan.opts.kept, plan.window);
+    // One byte less than the best: something smaller is chosen, and it fits.
+    o.memory_bytes = plan.peak_bytes - 1;
+    T_OK(node_tune_make_plan(&r->t->model, 4, &r->text.docs, &o, &small, &err), err);
+    T_CHECK(small.peak_bytes < plan.peak_bytes, "%llu", (unsigned long long)small.peak_bytes);
+    // The same budget with the large choice fixed: refused, and the other is proposed.
+    o.sequence = plan.opts.sequence;
+    o.chunk = plan.opts.chunk;
+    o.kept = plan.opts.kept;
+    o.window.size = plan.window;
+    T_EQ(node_tune_make_plan(&r->t->model, 4, &r->text.docs, &o, &plan, &err), FL_ENOMEM);
+    T_CHECK(strstr(err.text, "a window of") != NULL && strstr(err.text, "need") != NULL, "%s",
+            err.text);
+    // The bound is sharp.
+    o.memory_bytes++;
+    T_OK(node_tune_make_plan(&r->t->model, 4, &r->text.docs, &o, &plan, &err), err);
+    T_EQ(plan.peak_bytes, o.memory_bytes);
+    rig_close(r);
+}
+
+static void test_options_are_checked(void) {
+    rig *r = rig_open(&tiny_default);
+    const node_tune_opts good = small_opts();
+    node_tune_plan plan;
+    fl_err err;
+#define REFUSE(change)                                                                             \
+    do {                                                                                           \
+        node_tune_opts o = good;                                                                   \
+        change;                                                                                    \
+        T_CHECK(node_tune_make_plan(&r->t->model, 4, &r->text.docs, &o, &plan, &err) == FL_EARG,   \
+                #change);                                                                          \
+    } while (0)
+    REFUSE(o.window.size = 5);
+    T_CHECK(strstr(err.text, "larger than the model's 4") != NULL, "%s", err.text);
+    REFUSE((o.window.kind = NODE_WINDOW_FIXED, o.window.exit = 2));
+    REFUSE(o.sequence = 8);
+    REFUSE(o.sequence = 1 << 20);
+    REFUSE(o.micro = 1 << 20);
+    REFUSE(o.lr = NAN);
+    REFUSE(o.lr = -1.0f);
+    REFUSE(o.beta1 = 1.0f);
+    REFUSE(o.epsilon = 0.0f);
+    REFUSE(o.clip = -1.0f);
+    T_EQ(node_tune_make_plan(&r->t->model, 0, &r->text.docs, &good, &plan, NULL), FL_EARG);
+    T_EQ(node_tune_make_plan(&r->t->model, 65, &r->text.docs, &good, &plan, NULL), FL_EARG);
+    r->text.ids[77] = (int32_t)tiny_default.vocabulary;
+    T_EQ(node_tune_make_plan(&r->t->model, 4, &r->text.docs, &good, &plan, &err), FL_EARG);
+    T_CHECK(strstr(err.text, "token 67") != NULL, "%s", err.text);
+    r->text.ids[77] = 0;
+    const node_docs none = {r->text.ids, r->text.begin, 0};
+    T_EQ(node_tune_make_plan(&r->t->model, 4, &none, &good, &plan, NULL), FL_EARG);
+    rig_close(r);
+}
+
+static void test_windows(void) {
+    tiny_shape shape = tiny_default;
+    shape.layers = 10;
+    shape.exits = 4; // after 3, 5, 8, 10 layers
+    tiny_model *t = tiny_open(&shape);
+    const node_model *m = &t->model;
+    for (int kind = NODE_WINDOW_LAST; kind <= NODE_WINDOW_FIXED; kind++) {
+        node_window_opts o = {.kind = (node_window_kind)kind, .steps = 100, .exit = 2, .seed = 4};
+        uint32_t seen[4] = {0};
+        for (uint64_t step = 0; step < 100; step++) {
+            const node_window w = node_window_at(m, &o, step);
+            T_NEED(w.exit < 4, "%u", w.exit);
+            T_EQ(w.last + 1, m->exit_layer[w.exit]);
+            T_EQ(w.first, w.exit == 0 ? 0 : m->exit_layer[w.exit - 1]);
+            T_CHECK(w.last - w.first < node_window_layers(m, &o), "the widest");
+            T_CHECK(w.last <= node_window_depth(m, &o), "the deepest");
+            seen[w.exit]++;
+        }
+        node_window_kind parsed;
+        T_CHECK(node_window_parse(node_window_name(o.kind), &parsed) && parsed == o.kind, "name");
+        if (kind == NODE_WINDOW_LAST) T_EQ(seen[3], 100);
+        if (kind == NODE_WINDOW_FIXED) T_EQ(seen[2], 100);
+        if (kind == NODE_WINDOW_HEAVY) T_EQ(seen[3], 50);
+        for (int e = 0; e < 4; e++) {
+            if (kind == NODE_WINDOW_ORDERED || kind == NODE_WINDOW_CYCLIC) T_EQ(seen[e], 25);
+            if (kind == NODE_WINDOW_RANDOM || kind == NODE_WINDOW_IMPORTANCE)
+                T_CHECK(seen[e] >= 10, "exit %d: %u of 100", e, seen[e]);
+        }
+    }
+    const node_window_opts skewed = {.kind = NODE_WINDOW_IMPORTANCE,
+                                     .importance = {1e-6f, 1e-6f, 1.0f, 1e-6f}};
+    for (uint64_t step = 0; step < 50; step++) T_EQ(node_window_at(m, &skewed, step).exit, 2);
+    const node_window deep = node_window_of_exit(m, 7, 1);
+    T_EQ(deep.first, 0);
+    T_EQ(deep.last, 4);
+    node_window_kind kind;
+    T_CHECK(!node_window_parse("sideways", &kind), "no such schedule");
+    tiny_close(t);
+}
+
+T_MAIN({"plan_is_the_arena", test_plan_is_the_arena},
+       {"a_step_allocates_nothing", test_a_step_allocates_nothing}, {"loss_falls", test_loss_falls},
+       {"a_step_changes_only_its_window", test_a_step_changes_only_its_window},
+       {"bits_do_not_depend_on_the_plan", test_bits_do_not_depend_on_the_plan},
+       {"resume_from_a_file", test_resume_from_a_file},
+       {"a_gradient_that_is_not_finite_changes_nothing",
+        test_a_gradient_that_is_not_finite_changes_nothing},
+       {"memory_is_refused_with_what_would_do", test_memory_is_refused_with_what_would_do},
+       {"options_are_checked", test_options_are_checked}, {"windows", test_windows})
