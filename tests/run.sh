@@ -40,8 +40,8 @@ for part in $parts; do
     debug) run_part debug env -u FLEETUNE_SMOLLM2 ctest --preset debug -LE e2e ;;
     release) run_part release env FL_TEST_LONG=1 ctest --preset release ;;
     arm64)
-        run_part arm64 env QEMU_CPU=cortex-a72 ctest --preset arm64 -LE host
-        QEMU_CPU=cortex-a76 ctest --preset arm64 -LE host
+        run_part arm64 env -u FLEETUNE_SMOLLM2 QEMU_CPU=cortex-a72 ctest --preset arm64 -LE host
+        env -u FLEETUNE_SMOLLM2 QEMU_CPU=cortex-a76 ctest --preset arm64 -LE host
         ;;
     *)
         echo "usage: tests/run.sh [debug|release|arm64]" >&2
