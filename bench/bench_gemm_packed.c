@@ -39,7 +39,7 @@ static inputs inputs_make(bench_shape shape, uint32_t bits, uint32_t tokens) {
     for (size_t i = 0; i < (size_t)tokens * shape.cols; i++) in.x[i] = bench_randf();
     in.memory = bench_alloc(x8_size);
     in.x8 = fl_x8_bind(in.memory, tokens, shape.cols);
-    in.scratch = bench_alloc(fl_gemm_packed_dx_scratch());
+    in.scratch = bench_alloc(FL_GEMM_PACKED_DX_SCRATCH);
     for (uint32_t t = 0; t < tokens; t++)
         fl_quantise_x8_ref(in.x + (size_t)t * shape.cols, shape.cols, &in.x8, t);
     return in;

@@ -21,7 +21,7 @@
 //   Numerics  |out - exact| <= 4 * (head_size + 32) * FLT_EPSILON * max|s'| * max|v| with s' the
 //             sum of |q_i k_i| / sqrt(head_size) or 1, whichever is more. A NaN in any operand that
 //             is seen reaches the result.
-//   Errors    none.   Threads  pure; uses up to 32 KiB of stack.
+//   Errors    none.   Threads  pure; uses up to 112 KiB of stack.
 //   Source    Dao 2023, FlashAttention-2, arXiv 2307.08691, algorithms 1 and 2; online softmax:
 //             Milakov & Gimelshein 2018, arXiv 1805.02867, section 3; grouped queries: Ainslie et
 //             al. 2023, arXiv 2305.13245.
@@ -50,6 +50,7 @@ typedef struct fl_attention_grad {
 #define FL_ATTENTION_LIST(X)                                                                       \
     X(ref, FL_CPU_NONE)                                                                            \
     FL_ON_X86(X(avx2, FL_CPU_AVX2 | FL_CPU_FMA))                                                   \
+    FL_ON_X86(X(avx512, FL_CPU_AVX512_VNNI))                                                       \
     FL_ON_ARM64(X(neon, FL_CPU_NEON))
 
 // Tokens [token_begin, token_end) by query heads [head_begin, head_end); any ranges.

@@ -23,6 +23,8 @@ uint32_t fl_cpu_detect(void) {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"))
         cpu |= FL_CPU_AVX512_VNNI;
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bf16"))
+        cpu |= FL_CPU_AVX512_BF16;
 #elif defined(__aarch64__) && defined(__linux__)
     const unsigned long caps = getauxval(AT_HWCAP);
     if (caps & HWCAP_ASIMD) cpu |= FL_CPU_NEON;
@@ -32,7 +34,8 @@ uint32_t fl_cpu_detect(void) {
 }
 
 const char *fl_cpu_feature(uint32_t cpu, unsigned i) {
-    static const char *const names[] = {"AVX2", "FMA", "F16C", "AVX-512 VNNI", "NEON", "DOTPROD"};
+    static const char *const names[] = {"AVX2", "FMA",     "F16C",        "AVX-512 VNNI",
+                                        "NEON", "DOTPROD", "AVX-512 BF16"};
     for (unsigned bit = 0; bit < FL_COUNT(names); bit++) {
         if ((cpu >> bit & 1u) == 0) continue;
         if (i == 0) return names[bit];

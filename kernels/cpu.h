@@ -12,6 +12,7 @@ enum {
     FL_CPU_AVX512_VNNI = 1u << 3, // with AVX-512 F, BW and VL
     FL_CPU_NEON = 1u << 4,
     FL_CPU_DOTPROD = 1u << 5, // SDOT/UDOT of ARMv8.2
+    FL_CPU_AVX512_BF16 = 1u << 6,
 };
 
 #if defined(__x86_64__)

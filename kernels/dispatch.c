@@ -17,10 +17,10 @@ const fl_gemm_packed_variant fl_gemm_packed_variants[] = {
 };
 
 const fl_gemm_packed_dx_variant fl_gemm_packed_dx_variants[] = {
-#define X(tag, need) {#tag, need, fl_gemm_packed_dx_##tag},
+#define X(tag, need, rounding) {#tag, need, fl_gemm_packed_dx_##tag, rounding},
     FL_GEMM_PACKED_DX_LIST(X)
 #undef X
-        {NULL, 0, NULL},
+        {NULL, 0, NULL, 0},
 };
 
 // The last variant the CPU supports wins.

@@ -23,6 +23,7 @@
 #define FL_GEMM_PACKED_LIST(X)                                                                     \
     X(ref, FL_CPU_NONE)                                                                            \
     FL_ON_X86(X(avx2, FL_CPU_AVX2 | FL_CPU_F16C))                                                  \
+    FL_ON_X86(X(vnni, FL_CPU_AVX512_VNNI))                                                         \
     FL_ON_ARM64(X(neon, FL_CPU_NEON))                                                              \
     FL_ON_ARM64(X(dotprod, FL_CPU_NEON | FL_CPU_DOTPROD))
 

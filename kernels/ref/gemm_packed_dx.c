@@ -1,10 +1,6 @@
 // The definition: what every other variant is compared with.
 #include "kernels/gemm_packed_dx.h"
 
-size_t fl_gemm_packed_dx_scratch(void) {
-    return (size_t)FL_GEMM_PACKED_DX_ROWS * FL_PACKED_GROUP * sizeof(float);
-}
-
 // The tile's floats, panel[16][64], as fl_packed_row gives them.
 static void dequantise(const uint8_t *tile, uint32_t bits, float *panel) {
     uint8_t codes[FL_PACKED_CODES];

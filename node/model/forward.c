@@ -65,7 +65,7 @@ node_scratch *node_scratch_bind(const node_model *model, uint32_t tokens, uint32
     float *rope = rows_of(arena, tokens, model->rope_size);
     uint64_t *rope_pos = FL_ARENA_NEW(arena, uint64_t, tokens);
     float *out = rows_of(arena, tokens, most(model->hidden, 2 * w.kv));
-    FL_ASSERT(panel * sizeof(float) >= fl_gemm_packed_dx_scratch());
+    FL_ASSERT(panel * sizeof(float) >= FL_GEMM_PACKED_DX_SCRATCH);
     if (s == NULL) return NULL; // counting
     *s = (node_scratch){tokens, threads, codes, panels, panel, rope, rope_pos, out};
     return s;

@@ -75,7 +75,7 @@ static void bind(bench_ctx *c, uint32_t threads, fl_arena *a) {
     FL_ASSERT(ok);
     uint8_t *w = fl_arena_alloc(a, packed, 1, 64);
     void *x = fl_arena_alloc(a, x8, 1, 64);
-    c->scratch_size = fl_gemm_packed_dx_scratch();
+    c->scratch_size = FL_GEMM_PACKED_DX_SCRATCH;
     c->y = fl_arena_alloc(a, (size_t)TOKENS * ROWS, sizeof(float), 64);
     c->dx = fl_arena_alloc(a, (size_t)TOKENS * COLS, sizeof(float), 64);
     c->scratch = fl_arena_alloc(a, c->scratch_size, threads, 64);
