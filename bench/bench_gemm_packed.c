@@ -77,7 +77,8 @@ static void bench_forward(const fl_gemm_packed_variant *v, inputs *in, bool smok
 static void bench_backward(const fl_gemm_packed_dx_variant *v, inputs *in, bool smoke) {
     const double ops = 2.0 * in->w.rows * in->w.cols * in->tokens;
     const fl_packed_range all = {0, in->w.rows, 0, in->w.cols};
-    for (size_t i = 0; i < (size_t)in->tokens * in->w.rows; i++) in->y[i] = (float)(i % 5) * 0.25f;
+    for (size_t i = 0; i < (size_t)in->tokens * in->w.rows; i++)
+        in->y[i] = (float)(i % 5 + 1) * 0.25f;
     float *dx = bench_alloc((size_t)in->tokens * in->w.cols * sizeof(*dx));
     double runs[BENCH_RUNS];
     const double start = bench_now_s();

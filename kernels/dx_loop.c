@@ -2,10 +2,12 @@
 
 #include <string.h>
 
+enum { BLOCKS = 16 }; // of tokens that share a strip
+
 // A block that has fewer than 16 columns goes by way of a copy.
-static void block_part(const fl_dx_ops *ops, uint32_t tokens, const float *strip, size_t rows,
-                       const float *dy, size_t dy_stride, float *dx, size_t dx_stride,
-                       bool accumulate, size_t cols) {
+static void block_part(const fl_dx_ops *ops, uint32_t tokens, const float *strip,
+                       const fl_dx_rows *rows, const float *dy, size_t dy_stride, float *dx,
+                       size_t dx_stride, bool accumulate, size_t cols) {
     float copy[FL_DX_TOKENS_MAX * FL_DX_STRIP] = {0};
     for (size_t t = 0; t < tokens && accumulate; t++)
         memcpy(copy + t * FL_DX_STRIP, dx + t * dx_stride, cols * sizeof(*dx));
@@ -14,20 +16,53 @@ static void block_part(const fl_dx_ops *ops, uint32_t tokens, const float *strip
         memcpy(dx + t * dx_stride, copy + t * FL_DX_STRIP, cols * sizeof(*dx));
 }
 
+static bool has_zero(size_t rows, const float *dy) {
+    uint32_t zeros = 0;
+    for (size_t r = 0; r < rows; r++) zeros += dy[r] == 0.0f;
+    return zeros != 0;
+}
+
+// The head's gradient is almost all zeros. Others have none: seen at once from the first token.
+static void live_rows(uint32_t tokens, size_t rows, const float *dy, size_t dy_stride,
+                      fl_dx_rows *ret) {
+    bool any[FL_GEMM_PACKED_DX_ROWS] = {false};
+    ret->all = !has_zero(rows, dy);
+    ret->count = ret->all ? (uint32_t)rows : 0;
+    if (ret->all) return;
+    for (uint32_t t = 0; t < tokens; t++, dy += dy_stride)
+        for (size_t r = 0; r < rows; r++) any[r] |= dy[r] != 0.0f;
+    for (size_t r = 0; r < rows; r++) {
+        ret->row[ret->count] = (uint8_t)r;
+        ret->count += any[r];
+    }
+}
+
+// A strip meets some blocks of tokens while it is in the first cache.
 static void panel_product(const fl_dx_ops *ops, const float *panel, size_t rows, size_t cols,
                           uint32_t tokens, const float *dy, size_t dy_stride, float *dx,
                           size_t dx_stride, bool accumulate) {
-    for (size_t k = 0; k < cols; k += FL_DX_STRIP) {
-        const float *strip = panel + k / FL_DX_STRIP * FL_DX_STRIP_SIZE;
-        for (uint32_t t = 0; t < tokens; t += ops->tokens_max) {
-            const uint32_t count = tokens - t < ops->tokens_max ? tokens - t : ops->tokens_max;
-            const float *d = dy + t * dy_stride;
-            float *out = dx + t * dx_stride + k;
-            if (cols - k >= FL_DX_STRIP)
-                ops->block(count, strip, rows, d, dy_stride, out, dx_stride, accumulate);
-            else
-                block_part(ops, count, strip, rows, d, dy_stride, out, dx_stride, accumulate,
-                           cols - k);
+    fl_dx_rows live[BLOCKS];
+    const uint32_t most = BLOCKS * ops->tokens_max;
+    for (uint32_t first = 0; first < tokens; first += most) {
+        const uint32_t end = tokens - first < most ? tokens : first + most;
+        for (uint32_t t = first; t < end; t += ops->tokens_max) {
+            const uint32_t count = end - t < ops->tokens_max ? end - t : ops->tokens_max;
+            live_rows(count, rows, dy + t * dy_stride, dy_stride,
+                      &live[(t - first) / ops->tokens_max]);
+        }
+        for (size_t k = 0; k < cols; k += FL_DX_STRIP) {
+            const float *strip = panel + k / FL_DX_STRIP * FL_DX_STRIP_SIZE;
+            const fl_dx_rows *list = live;
+            for (uint32_t t = first; t < end; t += ops->tokens_max, list++) {
+                const uint32_t count = end - t < ops->tokens_max ? end - t : ops->tokens_max;
+                const float *d = dy + t * dy_stride;
+                float *out = dx + t * dx_stride + k;
+                if (cols - k >= FL_DX_STRIP)
+                    ops->block(count, strip, list, d, dy_stride, out, dx_stride, accumulate);
+                else
+                    block_part(ops, count, strip, list, d, dy_stride, out, dx_stride, accumulate,
+                               cols - k);
+            }
         }
     }
 }

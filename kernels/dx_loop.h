@@ -12,14 +12,21 @@ enum {
     FL_DX_TOKENS_MAX = 8,
 };
 
+// Rows of a panel whose gradients are not zero for every token of a block, ascending.
+typedef struct fl_dx_rows {
+    uint32_t count;
+    bool all; // the first `count` rows; `row` is not written then
+    uint8_t row[FL_GEMM_PACKED_DX_ROWS];
+} fl_dx_rows;
+
 typedef struct fl_dx_ops {
     uint32_t tokens_max; // of one block, at most FL_DX_TOKENS_MAX
     // One tile's 16 rows as floats: column k of row r at panel[k / 16 * FL_DX_STRIP_SIZE + r * 16 +
     // k % 16]. panel is 64-byte aligned.
     void (*tile)(const uint8_t *tile, uint32_t bits, float *panel);
-    // dx[tokens][16] (+)= dy[tokens][rows] * strip[rows][16], 1 <= tokens <= tokens_max; one chain
-    // of fused multiply-adds over the rows for each element.
-    void (*block)(uint32_t tokens, const float *strip, size_t rows, const float *dy,
+    // dx[tokens][16] (+)= dy[tokens][r] * strip[r][16] over the rows r that are listed,
+    // 1 <= tokens <= tokens_max; one chain of fused multiply-adds for each element.
+    void (*block)(uint32_t tokens, const float *strip, const fl_dx_rows *rows, const float *dy,
                   size_t dy_stride, float *dx, size_t dx_stride, bool accumulate);
 } fl_dx_ops;
 

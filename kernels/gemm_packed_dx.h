@@ -15,6 +15,8 @@
 //             multiplied as floats; bf16 rounds both to 8 bits first and takes what is below
 //             2^-126 as zero. One variant gives the same bits whatever the tokens, the column
 //             range, or a cut of the row range into ascending accumulated calls.
+//   Zeros     a row of w whose dy is zero for all tokens of a register block is not multiplied: a
+//             sparse dy costs less.
 //   Aliasing  dx overlaps nothing else.
 //   Errors    none; sizes and pointers are the caller's contract. Threads: pure; split by columns.
 #ifndef FL_KERNELS_GEMM_PACKED_DX_H

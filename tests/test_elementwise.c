@@ -135,8 +135,7 @@ static void test_rope_turns_pairs(void) {
         for (size_t h = 0; h < HEADS; h++) {
             for (size_t i = 0; i < SIZE / 2; i++) {
                 const size_t p = h * HEAD + (half ? i : 2 * i), q = half ? p + SIZE / 2 : p + 1;
-                const double angle =
-                    777 * pow(10000, -2.0 * (double)i / SIZE) / (double)factors[i];
+                const double angle = 777 * pow(10000, -2.0 * (double)i / SIZE) / (double)factors[i];
                 const double a = (double)old[p], b = (double)old[q];
                 const double bound = 4 * EPS * (fabs(a) + fabs(b));
                 T_NEAR((double)x[p], a * cos(angle) - b * sin(angle), bound, "half=%d", half);
@@ -237,7 +236,7 @@ static void check_xent(const fl_xent_variant *v, size_t n, size_t chunk, float s
     }
     for (size_t at = 0; at < n; at += chunk) {
         const size_t count = n - at < chunk ? n - at : chunk;
-        v->grad(TOKENS, count, at, logits + at, ld, lse, target, weight, grad, chunk);
+        v->grad(TOKENS, count, at, logits + at, ld, lse, target, weight, 0, NULL, grad, chunk);
         for (size_t t = 0; t < TOKENS; t++) {
             for (size_t j = 0; j < count; j++) {
                 const double p = exp((double)logits[t * ld + at + j] - (double)lse[t]);
@@ -272,13 +271,13 @@ static void test_xent(void) {
             logits[n - 1] = 2.0f;
             v->update(1, n, 1.0f, logits, n, &s);
             T_NEAR((double)fl_lse_value(&s), 2.0, 2 * EPS, "%s: one is certain", v->tag);
-            v->grad(1, n, 0, logits, n, &lse, &(int32_t){-1}, &lse, grad, n);
+            v->grad(1, n, 0, logits, n, &lse, &(int32_t){-1}, &lse, 0, NULL, grad, n);
             for (size_t j = 0; j + 1 < n; j++)
                 T_CHECK(grad[j] == 0.0f, "%s: what is impossible pulls nothing", v->tag);
             logits[n - 1] = NAN;
-            v->grad(1, n, 0, logits, n, &lse, &(int32_t){-1}, &lse, grad, n);
+            v->grad(1, n, 0, logits, n, &lse, &(int32_t){-1}, &lse, 0, NULL, grad, n);
             T_CHECK(isnan(grad[n - 1]), "%s n=%zu: NaN is kept", v->tag, n);
-            v->grad(1, n, 0, logits, n, &lse, &target, &zero, grad, n);
+            v->grad(1, n, 0, logits, n, &lse, &target, &zero, 0, NULL, grad, n);
             for (size_t j = 0; j < n; j++) T_CHECK(grad[j] == 0.0f, "%s: weight zero", v->tag);
             v->update(1, n, 1.0f, logits, n, &s);
             T_CHECK(isnan(fl_lse_value(&s)), "%s n=%zu: NaN is kept", v->tag, n);
@@ -303,7 +302,7 @@ static void test_xent_is_a_gradient(void) {
         float *l = guarded(N), grad[N];
         const float lse = (float)lse_double(N, 1, l), weight = 0.5f;
         const int32_t target = 11;
-        v->grad(1, N, 0, l, N, &lse, &target, &weight, grad, N);
+        v->grad(1, N, 0, l, N, &lse, &target, &weight, 0, NULL, grad, N);
         for (size_t j = 0; j < N; j++) {
             const float keep = l[j], h = 0x1p-8f; // exact in float
             l[j] = keep + h;
@@ -315,6 +314,44 @@ static void test_xent_is_a_gradient(void) {
         }
         release(l, N);
     }
+}
+
+// Thinned: small entries are 0 or `least` as fl_xent_chance says, on average what they were; the
+// others and the target's are exact; cutting the row changes nothing.
+static void test_xent_thinning(void) {
+    enum { N = 203, CUT = 77, DRAWS = 2000 };
+    const float weight = 0.5f, least = 0x1p-7f;
+    float *l = guarded(N), exact[N], grad[N], part[N], chance[N];
+    const float lse = (float)lse_double(N, 1, l);
+    const int32_t target = 11;
+    EACH(v, xent) {
+        double sum[N] = {0};
+        v->grad(1, N, 0, l, N, &lse, &target, &weight, 0, NULL, exact, N);
+        for (uint32_t i = 0; i < DRAWS; i++) {
+            const uint32_t draw = i * UINT32_C(2654435761);
+            v->grad(1, N, 0, l, N, &lse, &target, &weight, least, &draw, grad, N);
+            v->grad(1, CUT, 0, l, N, &lse, &target, &weight, least, &draw, part, N);
+            v->grad(1, N - CUT, CUT, l + CUT, N, &lse, &target, &weight, least, &draw, part + CUT,
+                    N);
+            T_CHECK(memcmp(grad, part, sizeof(grad)) == 0, "%s: the cut is seen", v->tag);
+            for (size_t j = 0; j < N; j++)
+                sum[j] += (double)grad[j], chance[j] = fl_xent_chance(draw, j);
+        }
+        for (size_t j = 0; j < N; j++) {
+            const float p = exact[j] / weight;
+            const bool small = p < least && j != (size_t)target;
+            // The last draw: away from a rounding of p the choice is the definition's.
+            if (!small)
+                T_CHECK(grad[j] == exact[j], "%s j=%zu is not small", v->tag, j);
+            else if (fabsf(chance[j] * least - p) > 1e-6f)
+                T_CHECK(grad[j] == (chance[j] * least < p ? least * weight : 0), "%s j=%zu", v->tag,
+                        j);
+            const double sigma = small ? sqrt((double)(p * least) / DRAWS) : 1e-6;
+            T_NEAR(sum[j] / DRAWS, (double)exact[j], 5 * sigma * (double)weight, "%s j=%zu", v->tag,
+                   j);
+        }
+    }
+    release(l, N);
 }
 
 // ---- adamw and helpers
@@ -381,4 +418,5 @@ static void test_vec(void) {
 T_MAIN({"rmsnorm", test_rmsnorm}, {"rope_turns_pairs", test_rope_turns_pairs},
        {"swiglu", test_swiglu}, {"xent", test_xent},
        {"pick_stays_in_its_chunk", test_pick_stays_in_its_chunk},
-       {"xent_is_a_gradient", test_xent_is_a_gradient}, {"adamw", test_adamw}, {"vec", test_vec})
+       {"xent_is_a_gradient", test_xent_is_a_gradient}, {"xent_thinning", test_xent_thinning},
+       {"adamw", test_adamw}, {"vec", test_vec})

@@ -342,6 +342,11 @@ static dx_case dx_make(uint32_t rows, uint32_t cols, uint32_t bits, uint32_t tok
         for (size_t k = cols; k < c.dx_stride; k++) c.old[t * c.dx_stride + k] = untouched;
         for (size_t r = rows; r < c.dy_stride; r++) c.dy[t * c.dy_stride + r] = NAN; // never read
     }
+    // Sometimes sparse, as the head's gradient is: rows that no token, some or all have.
+    const bool sparse = t_rand() % 3 == 0;
+    for (uint32_t r = 0; sparse && r < rows; r += 1 + (uint32_t)(t_rand() % 3))
+        for (uint32_t t = 0; t < tokens; t++)
+            if (t_rand() % 8 != 0) c.dy[t * c.dy_stride + r] = 0;
     c.dx = floats(c.dx_count, 0);
     return c;
 }

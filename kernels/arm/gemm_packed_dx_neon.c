@@ -63,17 +63,12 @@ static void tile_floats(const uint8_t *tile, uint32_t bits, float *panel) {
     dequantise(tile, codes, panel);
 }
 
-// dx[tokens][16] (+)= dy[tokens][rows] times a strip.
-FL_INLINE void block(int tokens, const float *strip, size_t rows, const float *dy, size_t dy_stride,
-                     float *dx, size_t dx_stride, bool accumulate) {
-    float32x4_t sum[4 * TOKENS];
-#pragma GCC unroll 16
-    for (int i = 0; i < 4 * tokens; i++) {
-        const float *old = dx + (size_t)(i / 4) * dx_stride + 4 * (i % 4);
-        sum[i] = accumulate ? vld1q_f32(old) : vdupq_n_f32(0.0f);
-    }
+// sum[tokens][4] += dy[tokens] of the rows times a strip: of its first rows, or of those listed.
+FL_INLINE void add_rows(int tokens, const float *strip, const fl_dx_rows *rows, bool listed,
+                        const float *dy, size_t dy_stride, float32x4_t *sum) {
 #pragma GCC unroll 1
-    for (size_t r = 0; r < rows; r++) {
+    for (size_t n = 0; n < rows->count; n++) {
+        const size_t r = listed ? rows->row[n] : n;
         float32x4_t w[4];
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++) w[i] = vld1q_f32(strip + r * STRIP + 4 * i);
@@ -84,12 +79,27 @@ FL_INLINE void block(int tokens, const float *strip, size_t rows, const float *d
             for (int i = 0; i < 4; i++) sum[4 * t + i] = vfmaq_n_f32(sum[4 * t + i], w[i], d);
         }
     }
+}
+
+// dx[tokens][16] (+)= dy[tokens][rows] times a strip.
+FL_INLINE void block(int tokens, const float *strip, const fl_dx_rows *rows, const float *dy,
+                     size_t dy_stride, float *dx, size_t dx_stride, bool accumulate) {
+    float32x4_t sum[4 * TOKENS];
+#pragma GCC unroll 16
+    for (int i = 0; i < 4 * tokens; i++) {
+        const float *old = dx + (size_t)(i / 4) * dx_stride + 4 * (i % 4);
+        sum[i] = accumulate ? vld1q_f32(old) : vdupq_n_f32(0.0f);
+    }
+    if (rows->all)
+        add_rows(tokens, strip, rows, false, dy, dy_stride, sum);
+    else
+        add_rows(tokens, strip, rows, true, dy, dy_stride, sum);
 #pragma GCC unroll 16
     for (int i = 0; i < 4 * tokens; i++)
         vst1q_f32(dx + (size_t)(i / 4) * dx_stride + 4 * (i % 4), sum[i]);
 }
 
-static void block_any(uint32_t tokens, const float *strip, size_t rows, const float *dy,
+static void block_any(uint32_t tokens, const float *strip, const fl_dx_rows *rows, const float *dy,
                       size_t dy_stride, float *dx, size_t dx_stride, bool accumulate) {
     switch (tokens) {
     case 1:

@@ -37,6 +37,20 @@ FL_XENT_UPDATE(neon) {
     }
 }
 
+// Four probabilities, of which those below `least` become it or zero; see fl_xent_chance.
+static float32x4_t thin(float32x4_t p, float least, uint32_t draw) {
+    static const uint32_t lanes[4] = {0, 1, 2, 3};
+    const float32x4_t top = vdupq_n_f32(least);
+    uint32x4_t h = vaddq_u32(vdupq_n_u32(draw), vld1q_u32(lanes));
+    h = vmulq_u32(veorq_u32(h, vshrq_n_u32(h, 16)), vdupq_n_u32(0x7feb352d));
+    h = vmulq_u32(veorq_u32(h, vshrq_n_u32(h, 15)), vdupq_n_u32(0x846ca68b));
+    h = vshrq_n_u32(veorq_u32(h, vshrq_n_u32(h, 16)), 8);
+    const float32x4_t chance = vmulq_n_f32(vmulq_n_f32(vcvtq_f32_u32(h), 0x1p-24f), least);
+    const uint32x4_t taken = vcltq_f32(chance, p), below = vcltq_f32(p, top); // a NaN is not below
+    const uint32x4_t thinned = vandq_u32(vreinterpretq_u32_f32(top), taken);
+    return vbslq_f32(below, vreinterpretq_f32_u32(thinned), p);
+}
+
 FL_XENT_GRAD(neon) {
     for (size_t t = 0; t < tokens; t++, logits += ld, dlogits += ldd) {
         if (weight[t] == 0.0f) {
@@ -48,7 +62,8 @@ FL_XENT_GRAD(neon) {
         const float own = hit < n ? logits[hit] : 0.0f;
         for (size_t j = 0; j < n; j += 4) {
             const float32x4_t l = fl_load4(logits + j, n - j);
-            const float32x4_t p = fl_exp4(vsubq_f32(l, vdupq_n_f32(lse[t])));
+            float32x4_t p = fl_exp4(vsubq_f32(l, vdupq_n_f32(lse[t])));
+            if (least > 0) p = thin(p, least, draw[t] + (uint32_t)(first + j));
             fl_store4(dlogits + j, n - j, vmulq_n_f32(p, weight[t]));
         }
         if (hit < n) dlogits[hit] = (expf(own - lse[t]) - 1.0f) * weight[t];

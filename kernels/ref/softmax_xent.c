@@ -44,7 +44,9 @@ FL_XENT_GRAD(ref) {
     for (size_t t = 0; t < tokens; t++, logits += ld, dlogits += ldd) {
         const size_t hit = target[t] < 0 ? SIZE_MAX : (size_t)target[t] - first; // may wrap: no hit
         for (size_t j = 0; j < n; j++) {
-            const float p = expf(logits[j] - lse[t]);
+            float p = expf(logits[j] - lse[t]);
+            if (p < least && j != hit)
+                p = fl_xent_chance(draw[t], first + j) * least < p ? least : 0.0f;
             dlogits[j] = weight[t] == 0.0f ? 0.0f : (p - (j == hit ? 1.0f : 0.0f)) * weight[t];
         }
     }

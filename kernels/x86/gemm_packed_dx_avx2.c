@@ -69,18 +69,12 @@ static void unpack(const uint8_t *data, uint32_t bits, uint8_t *codes) {
     }
 }
 
-// dx[tokens][16] (+)= dy[tokens][rows] times a strip.
-FL_INLINE void block(int tokens, const float *strip, size_t rows, const float *dy, size_t dy_stride,
-                     float *dx, size_t dx_stride, bool accumulate) {
-    __m256 sum[2 * TOKENS];
-#pragma GCC unroll 6
-    for (int t = 0; t < tokens; t++) {
-        const float *old = dx + (size_t)t * dx_stride;
-        sum[2 * t] = accumulate ? _mm256_loadu_ps(old) : _mm256_setzero_ps();
-        sum[2 * t + 1] = accumulate ? _mm256_loadu_ps(old + 8) : _mm256_setzero_ps();
-    }
+// sum[tokens][2] += dy[tokens] of the rows times a strip: of its first rows, or of those listed.
+FL_INLINE void add_rows(int tokens, const float *strip, const fl_dx_rows *rows, bool listed,
+                        const float *dy, size_t dy_stride, __m256 *sum) {
 #pragma GCC unroll 1
-    for (size_t r = 0; r < rows; r++) {
+    for (size_t i = 0; i < rows->count; i++) {
+        const size_t r = listed ? rows->row[i] : i;
         const __m256 w0 = _mm256_load_ps(strip + r * STRIP);
         const __m256 w1 = _mm256_load_ps(strip + r * STRIP + 8);
 #pragma GCC unroll 6
@@ -90,6 +84,22 @@ FL_INLINE void block(int tokens, const float *strip, size_t rows, const float *d
             sum[2 * t + 1] = _mm256_fmadd_ps(d, w1, sum[2 * t + 1]);
         }
     }
+}
+
+// dx[tokens][16] (+)= dy[tokens][rows] times a strip.
+FL_INLINE void block(int tokens, const float *strip, const fl_dx_rows *rows, const float *dy,
+                     size_t dy_stride, float *dx, size_t dx_stride, bool accumulate) {
+    __m256 sum[2 * TOKENS];
+#pragma GCC unroll 6
+    for (int t = 0; t < tokens; t++) {
+        const float *old = dx + (size_t)t * dx_stride;
+        sum[2 * t] = accumulate ? _mm256_loadu_ps(old) : _mm256_setzero_ps();
+        sum[2 * t + 1] = accumulate ? _mm256_loadu_ps(old + 8) : _mm256_setzero_ps();
+    }
+    if (rows->all)
+        add_rows(tokens, strip, rows, false, dy, dy_stride, sum);
+    else
+        add_rows(tokens, strip, rows, true, dy, dy_stride, sum);
 #pragma GCC unroll 6
     for (int t = 0; t < tokens; t++) {
         _mm256_storeu_ps(dx + (size_t)t * dx_stride, sum[2 * t]);
@@ -98,8 +108,8 @@ FL_INLINE void block(int tokens, const float *strip, size_t rows, const float *d
 }
 
 #define BLOCK(n)                                                                                   \
-    static void block_##n(const float *strip, size_t rows, const float *dy, size_t dy_stride,      \
-                          float *dx, size_t dx_stride, bool accumulate) {                          \
+    static void block_##n(const float *strip, const fl_dx_rows *rows, const float *dy,             \
+                          size_t dy_stride, float *dx, size_t dx_stride, bool accumulate) {        \
         block(n, strip, rows, dy, dy_stride, dx, dx_stride, accumulate);                           \
     }
 BLOCK(1)
@@ -110,9 +120,10 @@ BLOCK(5)
 BLOCK(6)
 #undef BLOCK
 
-static void block_any(uint32_t tokens, const float *strip, size_t rows, const float *dy,
+static void block_any(uint32_t tokens, const float *strip, const fl_dx_rows *rows, const float *dy,
                       size_t dy_stride, float *dx, size_t dx_stride, bool accumulate) {
-    static void (*const blocks[])(const float *, size_t, const float *, size_t, float *, size_t,
+    static void (*const blocks[])(const float *, const fl_dx_rows *, const float *, size_t, float *,
+                                  size_t,
                                   bool) = {block_1, block_2, block_3, block_4, block_5, block_6};
     blocks[tokens - 1](strip, rows, dy, dy_stride, dx, dx_stride, accumulate);
 }

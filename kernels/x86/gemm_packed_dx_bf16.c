@@ -20,6 +20,7 @@ typedef uint32_t pair;
 // Weights [STRIPS][PAIRS][STRIP], gradients [TOKENS][PAIRS].
 typedef struct panel {
     pair w[STRIPS * PAIRS * STRIP], dy[TOKENS * PAIRS];
+    uint32_t live[PAIRS + 16]; // pairs that are not zero for every token
 } panel;
 
 // Low halves from `even`, high halves from `odd`: 16 pairs.
@@ -97,19 +98,32 @@ static void tile_pairs(const uint8_t *tile, uint32_t bits, pair *out) {
     }
 }
 
-// Gradients of `rows` rows of up to 16 tokens, by pairs; what lies beyond either is zero.
-static void pack_gradients(const float *dy, size_t dy_stride, size_t rows, uint32_t tokens,
-                           pair *out) {
-    for (uint32_t t = 0; t < TOKENS; t++, out += PAIRS) {
-        const float *from = dy + t * dy_stride;
-        for (size_t r = 0; r < rows; r += 32) {
-            const size_t left = t < tokens ? rows - r : 0;
-            const __mmask32 there = (__mmask32)((UINT64_C(1) << (left < 32 ? left : 32)) - 1);
-            const __m512 low = _mm512_maskz_loadu_ps((__mmask16)there, from + r);
-            const __m512 high = _mm512_maskz_loadu_ps((__mmask16)(there >> 16), from + r + 16);
-            _mm512_store_si512(out + r / 2, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+// Gradients of `rows` rows of up to 16 tokens, by pairs; what lies beyond either is zero. Lists the
+// pairs that are not zero for every token, ascending, and returns how many they are.
+static size_t pack_gradients(const float *dy, size_t dy_stride, size_t rows, uint32_t tokens,
+                             panel *s) {
+    size_t live = 0;
+    __m512i index = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    for (size_t r = 0; r < rows; r += 32) {
+        const size_t left = rows - r < 32 ? rows - r : 32;
+        const __mmask32 there = (__mmask32)((UINT64_C(1) << left) - 1);
+        __m512i any = _mm512_setzero_si512();
+        for (uint32_t t = 0; t < TOKENS; t++) {
+            const __mmask32 load = t < tokens ? there : 0;
+            const float *from = dy + t * dy_stride + r;
+            const __m512 low = _mm512_maskz_loadu_ps((__mmask16)load, from);
+            const __m512 high = _mm512_maskz_loadu_ps((__mmask16)(load >> 16), from + 16);
+            const __m512i pairs = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+            _mm512_store_si512(s->dy + t * PAIRS + r / 2, pairs);
+            any = _mm512_or_si512(any, pairs);
         }
+        const __mmask16 mask = _mm512_test_epi32_mask(any, any);
+        // In a register: compressing to memory takes Zen 4 hundreds of cycles.
+        _mm512_storeu_si512(s->live + live, _mm512_maskz_compress_epi32(mask, index));
+        live += (size_t)_mm_popcnt_u32(mask);
+        index = _mm512_add_epi32(index, _mm512_set1_epi32(16));
     }
+    return live;
 }
 
 // sum += two rows of weights by two gradients of one token. Written out because gcc 12 loads a
@@ -118,9 +132,21 @@ FL_INLINE void dot_2(__m512 *sum, __m512i w, const pair *dy) {
     __asm__("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(*sum) : "v"(w), "m"(*dy));
 }
 
+// Adds a strip's product with 16 tokens to sum: all of its first `count` pairs, or those listed.
+FL_INLINE void add_pairs(const pair *strip, const panel *s, size_t count, bool listed,
+                         __m512 *sum) {
+#pragma GCC unroll 1
+    for (size_t i = 0; i < count; i++) {
+        const size_t p = listed ? s->live[i] : i;
+        const __m512i w = _mm512_load_si512(strip + p * STRIP);
+#pragma GCC unroll 16
+        for (int t = 0; t < TOKENS; t++) dot_2(&sum[t], w, s->dy + t * PAIRS + p);
+    }
+}
+
 // dx[tokens][cols] (+)= a strip, 16 tokens by 16 columns of it.
-static void block(const pair *strip, const pair *dy, size_t pairs, uint32_t tokens, uint32_t cols,
-                  float *dx, size_t dx_stride, bool accumulate) {
+static void block(const pair *strip, const panel *s, size_t pairs, size_t live, uint32_t tokens,
+                  uint32_t cols, float *dx, size_t dx_stride, bool accumulate) {
     const __mmask16 wanted = (__mmask16)((1u << cols) - 1);
     __m512 sum[TOKENS];
 #pragma GCC unroll 16
@@ -128,12 +154,10 @@ static void block(const pair *strip, const pair *dy, size_t pairs, uint32_t toke
         const __mmask16 old = accumulate && t < tokens ? wanted : 0;
         sum[t] = _mm512_maskz_loadu_ps(old, dx + t * dx_stride);
     }
-#pragma GCC unroll 1
-    for (size_t p = 0; p < pairs; p++) {
-        const __m512i w = _mm512_load_si512(strip + p * STRIP);
-#pragma GCC unroll 16
-        for (int t = 0; t < TOKENS; t++) dot_2(&sum[t], w, dy + t * PAIRS + p);
-    }
+    if (live == pairs)
+        add_pairs(strip, s, pairs, false, sum);
+    else
+        add_pairs(strip, s, live, true, sum);
 #pragma GCC unroll 16
     for (uint32_t t = 0; t < TOKENS; t++)
         _mm512_mask_storeu_ps(dx + t * dx_stride, t < tokens ? wanted : 0, sum[t]);
@@ -163,10 +187,10 @@ void fl_gemm_packed_dx_bf16(const fl_packed *w, const fl_packed_range *range, ui
             const uint32_t cols = left < FL_PACKED_GROUP ? left : FL_PACKED_GROUP;
             for (uint32_t t = 0; t < tokens; t += TOKENS) {
                 const uint32_t count = tokens - t < TOKENS ? tokens - t : TOKENS;
-                pack_gradients(dy + t * dy_stride + (row - range->row_begin), dy_stride, rows,
-                               count, s->dy);
+                const size_t live = pack_gradients(dy + t * dy_stride + (row - range->row_begin),
+                                                   dy_stride, rows, count, s);
                 for (uint32_t k = 0; k < cols; k += STRIP)
-                    block(s->w + k / STRIP * PAIRS * STRIP, s->dy, (rows + 1) / 2, count,
+                    block(s->w + k / STRIP * PAIRS * STRIP, s, (rows + 1) / 2, live, count,
                           cols - k < STRIP ? cols - k : STRIP,
                           dx + t * dx_stride + (col - range->col_begin) + k, dx_stride, add);
             }

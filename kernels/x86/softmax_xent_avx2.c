@@ -46,6 +46,22 @@ FL_XENT_UPDATE(avx2) {
     }
 }
 
+// Eight probabilities, of which those below `least` become it or zero; see fl_xent_chance.
+FL_INLINE __m256 thin(__m256 p, float least, uint32_t draw) {
+    const __m256 top = _mm256_set1_ps(least);
+    __m256i h = _mm256_add_epi32(_mm256_set1_epi32((int32_t)draw),
+                                 _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+    h = _mm256_mullo_epi32(_mm256_xor_si256(h, _mm256_srli_epi32(h, 16)),
+                           _mm256_set1_epi32(0x7feb352d));
+    h = _mm256_mullo_epi32(_mm256_xor_si256(h, _mm256_srli_epi32(h, 15)),
+                           _mm256_set1_epi32((int32_t)0x846ca68b));
+    h = _mm256_srli_epi32(_mm256_xor_si256(h, _mm256_srli_epi32(h, 16)), 8);
+    const __m256 unit = _mm256_mul_ps(_mm256_cvtepi32_ps(h), _mm256_set1_ps(0x1p-24f));
+    const __m256 taken = _mm256_cmp_ps(_mm256_mul_ps(unit, top), p, _CMP_LT_OQ);
+    const __m256 below = _mm256_cmp_ps(p, top, _CMP_LT_OQ); // a NaN is not below
+    return _mm256_blendv_ps(p, _mm256_and_ps(top, taken), below);
+}
+
 FL_XENT_GRAD(avx2) {
     for (size_t t = 0; t < tokens; t++, logits += ld, dlogits += ldd) {
         const __m256 level = _mm256_set1_ps(lse[t]), wv = _mm256_set1_ps(weight[t]);
@@ -59,7 +75,8 @@ FL_XENT_GRAD(avx2) {
         for (size_t j = 0; j < n; j += 8) {
             const bool tail = n - j < 8;
             const __m256i mask = fl_mask8(tail ? n - j : 8);
-            const __m256 p = fl_exp8(_mm256_sub_ps(fl_load8(logits + j, tail, mask), level));
+            __m256 p = fl_exp8(_mm256_sub_ps(fl_load8(logits + j, tail, mask), level));
+            if (least > 0) p = thin(p, least, draw[t] + (uint32_t)(first + j));
             fl_store8(dlogits + j, tail, mask, _mm256_mul_ps(p, wv));
         }
         if (hit < n) dlogits[hit] = (expf(own - lse[t]) - 1.0f) * weight[t];

@@ -3,6 +3,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "common/rng.h"
 #include "kernels/vec.h"
 
 enum { LOSS_GRAIN = 16 };
@@ -31,7 +32,9 @@ static void take_chunk(void *ctx, size_t begin, size_t end, unsigned worker) {
         if (c->first != 0 && state->max > before)
             fl_vec_scale(d, (float)exp(before - state->max), c->job->dnorm + t * d);
         const float top = (float)state->max;
-        kern->xent->grad(1, c->n, c->first, z, c->n, &top, &no_target, &on, z, c->n);
+        const uint32_t draw = (uint32_t)fl_rng_u64(c->job->draw, t);
+        kern->xent->grad(1, c->n, c->first, z, c->n, &top, &no_target, &on, c->job->least, &draw, z,
+                         c->n);
     }
 }
 

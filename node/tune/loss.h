@@ -12,12 +12,17 @@
 
 #include "node/exits/head.h"
 
+// What tuning passes as `least`. p_v is at most exp(z_v - m), so no more of it is thinned.
+#define NODE_LOSS_LEAST 0x1p-10f
+
 typedef struct node_loss_job {
     const node_model *model;
     const float *gain;     // [hidden] of the exit
     uint32_t tokens;       // <= head->rows
     const float *x;        // [tokens][hidden] residual stream at the exit
     const int32_t *target; // [tokens]; negative: the token carries no loss
+    float least;           // thins the gradient, see softmax_xent.h; 0: exact
+    uint64_t draw;         // key of that thinning
     float weight;          // of each token's loss in the gradient, 1 / (tokens of the step)
     float *dnorm;          // [tokens][hidden] scratch
     float *dx;             // [tokens][hidden] overwritten by the gradient of x

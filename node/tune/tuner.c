@@ -3,6 +3,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "common/rng.h"
 #include "kernels/adamw.h"
 #include "kernels/vec.h"
 
@@ -76,7 +77,7 @@ static void forward(node_tuner *t, const node_batch *batch, node_window w) {
     }
 }
 
-static double micro_step(node_tuner *t, node_window w, float weight) {
+static double micro_step(node_tuner *t, node_window w, float weight, uint64_t draw) {
     const size_t row = t->model->hidden, size = t->opts.sequence * row;
     const node_batch batch = node_micro_batch(&t->micro);
     forward(t, &batch, w);
@@ -85,6 +86,8 @@ static double micro_step(node_tuner *t, node_window w, float weight) {
                                 .tokens = batch.tokens,
                                 .x = t->x,
                                 .target = t->micro.target,
+                                .least = NODE_LOSS_LEAST,
+                                .draw = draw,
                                 .weight = weight,
                                 .dnorm = t->back.dnorm,
                                 .dx = t->dx,
@@ -170,7 +173,7 @@ void node_tuner_step(node_tuner *t, node_tune_report *ret) {
     const float weight = 1.0f / (float)((uint64_t)t->opts.micro * t->opts.sequence);
     for (uint32_t i = 0; i < t->opts.micro; i++) {
         if (!node_packer_fill(&t->packer, &t->micro, true)) break;
-        nll += micro_step(t, w, weight);
+        nll += micro_step(t, w, weight, fl_rng_key(t->opts.seed, t->step, i));
         scored += t->micro.scored;
         tokens += t->micro.tokens;
     }

@@ -44,7 +44,7 @@ typedef struct node_tune_opts {
     float beta1, beta2, epsilon, decay;
     float clip;              // largest norm of the gradient of all that the step trains; 0: none
     uint32_t warmup;         // steps over which the rates rise linearly
-    uint64_t seed;           // of the order of the data and of random windows
+    uint64_t seed;           // of the order of the data, of random windows, of thinning
     uint64_t memory_bytes;   // the whole process may have resident; 0: no limit
     uint64_t resident_bytes; // what it has already, weights not counted; 0: NODE_TUNE_RESIDENT,
                              // the adapter and the tokens
