@@ -18,12 +18,27 @@ static const fl_setting table[] = {
      offsetof(inspect_opts, json)},
 };
 
+// Bits a weight of a layer's matrices, each by its size.
+static double mean_bits(const node_layer *l) {
+    double bits = 0, weights = 0;
+    for (int k = 0; k < NODE_MODULES; k++) {
+        const double size = (double)l->linear[k].rows * l->linear[k].cols;
+        bits += size * l->linear[k].bits;
+        weights += size;
+    }
+    return bits / weights;
+}
+
 static void add_policy(fl_json *root, const node_model *m) {
     fl_json *policy = fl_json_add_array(root, "policy");
     for (uint32_t i = 0; i < m->layers; i++) {
         fl_json *layer = fl_json_add_object(policy, NULL);
         fl_json_set_integer(layer, "layer", i);
         fl_json_set_integer(layer, "bits", m->policy.bits[i]);
+        fl_json_set_number(layer, "mean_bits", mean_bits(&m->layer[i]));
+        fl_json *matrices = fl_json_add_array(layer, "matrix_bits"); // q k v o gate up down
+        for (int k = 0; k < NODE_MODULES; k++)
+            fl_json_set_integer(matrices, NULL, m->layer[i].linear[k].bits);
         fl_json_set_number(layer, "sparsity", (double)m->policy.sparsity[i]);
         fl_json_set_number(layer, "sensitivity_quant", (double)m->policy.sensitivity_quant[i]);
         fl_json_set_number(layer, "sensitivity_prune", (double)m->policy.sensitivity_prune[i]);
@@ -66,11 +81,18 @@ static void print_text(const node_model *m) {
     printf("\n");
     if (!m->compressed) return;
     printf("  policy %s, head and embedding at %u bits\n", m->policy.name, m->policy.head_bits);
-    printf("  layer  bits  sparsity  quantisation error  pruning error  heads   ffn\n");
-    for (uint32_t i = 0; i < m->layers; i++)
-        printf("  %5u  %4u  %7.1f%%  %18.6f  %13.6f  %5u  %4u\n", i, m->policy.bits[i],
-               100.0 * (double)m->policy.sparsity[i], (double)m->policy.sensitivity_quant[i],
-               (double)m->policy.sensitivity_prune[i], m->layer[i].heads, m->layer[i].ffn);
+    printf("                bits of each matrix       sparsity        error of\n");
+    printf("  layer  bits   q k v o gate up down             rounding     pruning  heads   ffn\n");
+    for (uint32_t i = 0; i < m->layers; i++) {
+        const node_layer *l = &m->layer[i];
+        printf("  %5u  %4.2f  ", i, mean_bits(l));
+        for (int k = NODE_Q; k <= NODE_O; k++) printf(" %u", l->linear[k].bits);
+        printf("  %3u  %u    %u", l->linear[NODE_GATE].bits, l->linear[NODE_UP].bits,
+               l->linear[NODE_DOWN].bits);
+        printf("     %5.1f%%  %9.6f  %10.6f  %5u  %4u\n", 100.0 * (double)m->policy.sparsity[i],
+               (double)m->policy.sensitivity_quant[i], (double)m->policy.sensitivity_prune[i],
+               l->heads, l->ffn);
+    }
 }
 
 static int run(const void *options) {
