@@ -172,6 +172,24 @@ static void test_spans(void) {
     tiny_close(t);
 }
 
+// One number anywhere in a layer's B puts its adapter to work, and only that layer's.
+static void test_untouched_layers_are_left_out(void) {
+    tiny_model *t = tiny_open(&tiny_default);
+    node_adapter *a = make(t, 3);
+    for (uint32_t l = 0; l < tiny_default.layers; l++)
+        for (uint32_t at = 0; at < a->span_count[l]; at += 17) {
+            T_CHECK(node_lora_at_work(&a->lora, &t->model, l) == NULL, "layer %u as born", l);
+            a->span[l][at] = t_rand() % 8 == 0 ? NAN : 1e-30f;
+            for (uint32_t k = 0; k < tiny_default.layers; k++)
+                T_CHECK((node_lora_at_work(&a->lora, &t->model, k) == &a->lora) == (k == l),
+                        "layer %u, number %u of layer %u", k, at, l);
+            a->span[l][at] = 0;
+        }
+    T_CHECK(node_lora_at_work(NULL, &t->model, 0) == NULL, "no adapter");
+    node_adapter_close(a);
+    tiny_close(t);
+}
+
 static void test_size_is_exact(void) {
     for (uint32_t rank = 1; rank <= 64; rank += 7) {
         tiny_model *t = tiny_open(&tiny_default);
@@ -227,5 +245,6 @@ T_MAIN({"round_trip", test_round_trip},
        {"every_truncation_and_bit_flip_is_refused", test_every_truncation_and_bit_flip_is_refused},
        {"wrong_models_are_named", test_wrong_models_are_named},
        {"options_are_checked", test_options_are_checked}, {"spans", test_spans},
+       {"untouched_layers_are_left_out", test_untouched_layers_are_left_out},
        {"size_is_exact", test_size_is_exact},
        {"files_survive_every_failure", test_files_survive_every_failure})

@@ -92,7 +92,8 @@ static void feed_chunk(node_session *s, const node_engine *engine, const node_lo
     for (uint32_t layer = 0, exit = 0; layer < m->layers; layer++) {
         s->acts.k = s->k[layer];
         s->acts.v = s->v[layer];
-        node_layer_forward(engine, m, layer, lora, &batch, &s->acts, s->scratch, s->x);
+        node_layer_forward(engine, m, layer, node_lora_at_work(lora, m, layer), &batch, &s->acts,
+                           s->scratch, s->x);
         if (exit < m->exits && m->exit_layer[exit] == layer + 1)
             memcpy(s->hidden + (size_t)exit++ * m->hidden, last, m->hidden * sizeof(float));
     }

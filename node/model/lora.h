@@ -28,4 +28,8 @@ typedef struct node_lora {
 void node_lora_draw_a(uint64_t seed, uint32_t layer, node_module module, uint32_t rank,
                       uint32_t cols, float *a);
 
+// lora, or NULL where all B of this layer are zero, so that it changes nothing: what a forward pass
+// takes that nobody goes back through. Layers below the trained window stay that way.
+const node_lora *node_lora_at_work(const node_lora *lora, const node_model *model, uint32_t layer);
+
 #endif

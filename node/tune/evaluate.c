@@ -100,7 +100,8 @@ static void forward(node_eval *e) {
     uint32_t exit = e->opts.all_exits ? 0 : m->exits - 1, taken = 0;
     node_embed(e->engine, m, &batch, e->x);
     for (uint32_t l = 0; l < m->exit_layer[m->exits - 1]; l++) {
-        node_layer_forward(e->engine, m, l, e->lora, &batch, &e->acts, e->scratch, e->x);
+        node_layer_forward(e->engine, m, l, node_lora_at_work(e->lora, m, l), &batch, &e->acts,
+                           e->scratch, e->x);
         if (l + 1 != m->exit_layer[exit]) continue;
         memcpy(e->hidden + taken++ * n, e->x, n * sizeof(float));
         if (exit + 1 < m->exits) exit++;

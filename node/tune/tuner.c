@@ -64,12 +64,17 @@ static void run_layer(node_tuner *t, const node_batch *batch, uint32_t layer, no
                        t->x);
 }
 
+static void run_below(node_tuner *t, const node_batch *batch, uint32_t layer, node_acts *acts) {
+    const node_lora *lora = node_lora_at_work(&t->adapter->lora, t->model, layer);
+    node_layer_forward(t->engine, t->model, layer, lora, batch, acts, t->scratch, t->x);
+}
+
 static void forward(node_tuner *t, const node_batch *batch, node_window w) {
     const size_t size = (size_t)t->opts.sequence * t->model->hidden;
     node_embed(t->engine, t->model, batch, t->x);
     // Below the window nothing is kept, so any activations will do; the lowest is written last.
     for (uint32_t l = 0; l < w.first; l++)
-        run_layer(t, batch, l, t->opts.kept < t->window ? &t->acts : &t->kept[t->window - 1]);
+        run_below(t, batch, l, t->opts.kept < t->window ? &t->acts : &t->kept[t->window - 1]);
     for (uint32_t l = w.first; l <= w.last; l++) {
         memcpy(t->inputs + (l - w.first) * size, t->x,
                (size_t)batch->tokens * t->model->hidden * sizeof(float));
