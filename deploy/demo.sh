@@ -15,7 +15,7 @@ cd "$(dirname "$0")/.."
 # shellcheck source=deploy/model.sh
 . deploy/model.sh
 
-seed=1 rounds=3 steps=32 data="" keep="" json=""
+seed=1 rounds=4 steps=40 data="" keep="" json=""
 while [ $# -gt 0 ]; do
     case "$1" in
     --seed) seed="$2" && shift 2 ;;
