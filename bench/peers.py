@@ -5,12 +5,14 @@ bench/peers.py --model MODEL --data TEXT [--python PYTHON] [--runs N] [--threads
 
 MODEL is a compressed model of SmolLM2-135M's shapes, TEXT what to tune on, PYTHON an interpreter that
 has torch, transformers and peft. First the peer's best setting is looked for (float32 or bfloat16,
-checkpointing or not); then the arms take turns, N times. A probe of this machine stands before and
+checkpointing or not, an allocator that keeps its pages or not); then the arms take turns, N times. A probe of this machine stands before and
 after each turn: a turn whose probes differ by more than a fifth is thrown away and made again.
 Medians, smallest and largest, and the ratio of each turn.
 """
 import argparse
+import itertools
 import json
+import os
 import pathlib
 import statistics
 import subprocess
@@ -20,9 +22,14 @@ HERE = pathlib.Path(__file__).resolve().parent
 NODE = HERE.parent / "build/bin/fleetune-node"
 STEPS = 6  # of 4 x 256 tokens
 
+# glibc gives large blocks back to the system at once; for torch that means page faults in every step.
+KEEP_PAGES = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296",
+              "MALLOC_TOP_PAD_": "268435456"}
 
-def run(command: list[str]) -> dict:
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+
+def run(command: list[str], env: dict[str, str] | None = None) -> dict:
+    done = subprocess.run(command, check=True, capture_output=True, text=True,
+                          env={**os.environ, **(env or {})})
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
@@ -38,18 +45,20 @@ def ours(o: argparse.Namespace, *more: str) -> dict:
 
 
 def torch(o: argparse.Namespace, setting: list[str]) -> dict:
-    return run([o.python, str(HERE / "peer_torch.py"), "--threads", str(o.threads), *setting])
+    keep = KEEP_PAGES if "keep-pages" in setting else {}
+    options = [s for s in setting if s != "keep-pages"]
+    return run([o.python, str(HERE / "peer_torch.py"), "--threads", str(o.threads), *options], keep)
 
 
 def best_setting(o: argparse.Namespace) -> list[str]:
     rates = {}
-    for dtype in ("f32", "bf16"):
-        for checkpoint in ([], ["--checkpoint"]):
-            setting = ["--dtype", dtype, *checkpoint]
-            got = torch(o, setting + ["--steps", "2"])
-            rates[tuple(setting)] = got["tokens_per_second"]
-            print(f"  torch {got['torch']} {' '.join(setting)}: {got['tokens_per_second']:.1f} "
-                  f"tokens/s, {got['peak_rss_bytes'] / 1e6:.0f} MB")
+    for dtype, checkpoint, keep in itertools.product(
+            ("f32", "bf16"), ([], ["--checkpoint"]), ([], ["keep-pages"])):
+        setting = ["--dtype", dtype, *checkpoint, *keep]
+        got = torch(o, setting + ["--steps", "2"])
+        rates[tuple(setting)] = got["tokens_per_second"]
+        print(f"  torch {got['torch']} {' '.join(setting)}: {got['tokens_per_second']:.1f} "
+              f"tokens/s, {got['peak_rss_bytes'] / 1e6:.0f} MB")
     return list(max(rates, key=rates.get))
 
 
