@@ -1,7 +1,7 @@
 // Queries go in blocks of up to TOKENS against blocks of FL_ATTENTION_BLOCK rows, so that rows come
 // from the first-level cache. The order of a query's own arithmetic does not know of its
 // neighbours.
-#include "kernels/attention.h"
+#include "kernels/attention_run.h"
 
 #include "kernels/arm/exp_neon.h"
 
@@ -62,16 +62,6 @@ FL_INLINE void weigh(const size_t size, float *to, float shrink, const float *co
         weigh_vectors(1, 4, to + i, shrink, coef, step, rows + i, stride, count);
     if (i < size)
         weigh_vectors(1, size - i, to + i, shrink, coef, step, rows + i, stride, count);
-}
-
-// Tokens [first, first + result) that share a first row and end one row after the other.
-static uint32_t run_of(const fl_attention *a, uint32_t first, uint32_t end) {
-    uint32_t count = 1;
-    while (count < TOKENS && first + count < end &&
-           a->kv_begin[first + count] == a->kv_begin[first] &&
-           a->kv_row[first + count] == a->kv_row[first] + count)
-        count++;
-    return count;
 }
 
 static float exp1(float x) {
@@ -137,7 +127,7 @@ FL_INLINE void forward_run(const size_t size, const fl_attention *a, uint32_t t,
 
 FL_ATTENTION_FORWARD(neon) {
     for (uint32_t t = token_begin; t < token_end;) {
-        const uint32_t count = run_of(a, t, token_end);
+        const uint32_t count = fl_attention_run(a, t, token_end, TOKENS);
         for (uint32_t h = head_begin; h < head_end; h++) {
             if (a->head_size == 64)
                 forward_run(64, a, t, count, h);
@@ -208,7 +198,7 @@ FL_INLINE void backward_run(const size_t size, const fl_attention *a, const fl_a
 FL_ATTENTION_BACKWARD(neon) {
     const uint32_t group = a->heads / a->kv_heads;
     for (uint32_t t = 0; t < tokens;) {
-        const uint32_t count = run_of(a, t, tokens);
+        const uint32_t count = fl_attention_run(a, t, tokens, TOKENS);
         for (uint32_t h = kv_head_begin * group; h < kv_head_end * group; h++) {
             if (a->head_size == 64)
                 backward_run(64, a, g, t, count, h);

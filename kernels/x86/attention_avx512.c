@@ -1,7 +1,7 @@
 // A block of FL_ATTENTION_BLOCK rows of keys is turned once, rows across the lanes, and serves
 // every query of up to TOKENS tokens and of all heads that share it. The order of a query's own
 // arithmetic does not know of its neighbours.
-#include "kernels/attention.h"
+#include "kernels/attention_run.h"
 
 #include "kernels/x86/exp_avx512.h"
 
@@ -149,16 +149,6 @@ FL_INLINE void weigh(int n, size_t size, bool across, const blend *b, const floa
     for (; i < n; i++) weigh_some(1, size, across, b, i, rows, stride, count);
 }
 
-// Tokens [first, first + result) that share a first row and end one row after the other.
-static uint32_t run_of(const fl_attention *a, uint32_t first, uint32_t end) {
-    uint32_t count = 1;
-    while (count < TOKENS && first + count < end &&
-           a->kv_begin[first + count] == a->kv_begin[first] &&
-           a->kv_row[first + count] == a->kv_row[first] + count)
-        count++;
-    return count;
-}
-
 // Some queries of one run: token t + i / heads, head h + i % heads.
 typedef struct queries {
     const fl_attention *a;
@@ -292,7 +282,7 @@ static uint32_t heads_of(const fl_attention *a, uint32_t h, uint32_t end) {
 
 FL_ATTENTION_FORWARD(avx512) {
     for (uint32_t t = token_begin; t < token_end;) {
-        const uint32_t count = run_of(a, t, token_end);
+        const uint32_t count = fl_attention_run(a, t, token_end, TOKENS);
         for (uint32_t h = head_begin, heads; h < head_end; h += heads) {
             heads = heads_of(a, h, head_end);
             queries q = {.a = a, .t = t, .h = h, .heads = heads, .count = count * heads};
@@ -420,7 +410,7 @@ FL_INLINE void backward_run(const size_t size, const fl_attention_grad *g, const
 FL_ATTENTION_BACKWARD(avx512) {
     const uint32_t group = a->heads / a->kv_heads;
     for (uint32_t t = 0; t < tokens;) {
-        const uint32_t count = run_of(a, t, tokens);
+        const uint32_t count = fl_attention_run(a, t, tokens, TOKENS);
         for (uint32_t h = kv_head_begin * group; h < kv_head_end * group; h++) {
             const queries q = {.a = a, .t = t, .h = h, .heads = 1, .count = count};
             if (a->head_size == 64)

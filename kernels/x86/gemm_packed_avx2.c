@@ -216,36 +216,14 @@ FL_INLINE void panel_one(const uint8_t *tile, int bits, const fl_x8 *x, float *y
     memcpy(y, out, rows * sizeof(*y));
 }
 
-typedef void (*panel_fn)(const uint8_t *tiles, const fl_x8 *x, float *y, size_t y_stride,
-                         size_t rows);
-
-#define PANEL(bits)                                                                                \
-    static void panel_##bits(const uint8_t *tiles, const fl_x8 *x, float *y, size_t y_stride,      \
-                             size_t rows) {                                                        \
-        if (x->tokens == 1)                                                                        \
-            panel_one(tiles, bits, x, y, rows);                                                    \
-        else                                                                                       \
-            panel_many(tiles, bits, x, y, y_stride, rows);                                         \
-    }
-PANEL(2)
-PANEL(3)
-PANEL(4)
-PANEL(5)
-PANEL(6)
-PANEL(7)
-PANEL(8)
-#undef PANEL
-
-void fl_gemm_packed_avx2(const fl_packed *w, uint32_t row_begin, uint32_t row_end, const fl_x8 *x,
-                         float *y, size_t y_stride) {
-    static const panel_fn panels[FL_PACKED_BITS_MAX + 1] = {
-        [2] = panel_2, [3] = panel_3, [4] = panel_4, [5] = panel_5,
-        [6] = panel_6, [7] = panel_7, [8] = panel_8,
-    };
-    const size_t panel_size = x->groups * (FL_PACKED_HEAD + (size_t)128 * w->bits);
-    for (uint32_t row = row_begin; row < row_end; row += FL_PACKED_ROWS) {
-        const uint32_t left = row_end - row;
-        panels[w->bits](w->data + row / FL_PACKED_ROWS * panel_size, x, y + (row - row_begin),
-                        y_stride, left < FL_PACKED_ROWS ? left : FL_PACKED_ROWS);
-    }
+FL_INLINE void panel(const uint8_t *tiles, int bits, const fl_x8 *x, float *y, size_t y_stride,
+                     size_t rows) {
+    if (x->tokens == 1)
+        panel_one(tiles, bits, x, y, rows);
+    else
+        panel_many(tiles, bits, x, y, y_stride, rows);
 }
+
+#include "kernels/panel_table.h"
+
+FL_PANEL_ENTRY(avx2)
