@@ -56,7 +56,8 @@ node_scratch *node_scratch_bind(const node_model *model, uint32_t tokens, uint32
                                 fl_arena *arena) {
     const widths w = widths_of(model);
     const uint32_t cols = most(most(model->hidden, w.q), w.ffn);
-    const size_t panel = most(NODE_PANEL_FLOATS, NODE_PANEL_ROWS_MIN * cols);
+    const size_t panel = most(most(NODE_PANEL_FLOATS, FL_GEMM_PACKED_DX_SCRATCH / sizeof(float)),
+                              NODE_PANEL_ROWS_MIN * cols);
     size_t x8;
     if (!fl_x8_size(tokens, cols, &x8)) x8 = SIZE_MAX;
     node_scratch *s = fl_arena_alloc(arena, 1, sizeof(*s), 64);
