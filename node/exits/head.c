@@ -155,5 +155,5 @@ void node_head_vote(const node_engine *engine, node_head *head, const node_model
                        head->norm + t * d);
     node_matmul(engine, &model->head, exits - from, head->norm + from * d,
                 logits + (size_t)from * model->vocabulary, scratch);
-    node_vote_distribution(vote, model->vocabulary, logits, ret_p);
+    node_vote_distribution(engine->kern, vote, model->vocabulary, logits, ret_p);
 }
