@@ -5,6 +5,7 @@
 //   --sequence=N --micro=N --rank=N   tokens of a micro-batch, micro-batches a step, of adapters
 // A round of steps takes its loss at every exit once. Rates are of the run without the profile;
 // the profiled run is next to it, so that what counting costs is seen.
+#include "bench/peak.h"
 #include "bench/profile.h"
 #include "common/clock.h"
 #include "common/pool.h"
@@ -113,6 +114,12 @@ static void setup_free(setup *s) {
     free(s->ids);
 }
 
+// How much of the machine others had since `foreign` was read at `start`.
+static double foreign_share(double foreign, double start) {
+    const double all = (fl_clock_s() - start) * (double)sysconf(_SC_NPROCESSORS_ONLN);
+    return 100 * (bench_foreign_s() - foreign) / all;
+}
+
 static void *block_take(size_t size) {
     void *block = aligned_alloc(64, (size + 63) / 64 * 64);
     if (block == NULL) abort();
@@ -151,15 +158,18 @@ static void tune(const step_args *a, const setup *s, node_engine plain, node_eng
     node_tuner_bind(tuner, &plain, s->model, adapter, &s->docs, &plan.opts, &arena);
     const uint32_t round = s->model->exits;
     (void)steps(tuner, round, &loss); // warm: adapters are no longer zero
+    const double start = fl_clock_s(), foreign = bench_foreign_s();
     const double rate = steps(tuner, round, &loss);
     tuner->engine = &counted;
     bench_profile_begin();
     const double counted_rate = steps(tuner, round, &loss);
     const bench_profile p = bench_profile_end(threads);
     printf("tune: %u threads, %u x %u tokens a step, rank %u, a round of %u exits: %.1f tokens/s, "
-           "%.1f while counted; kept %u of a window of %u, arena %.1f MB, loss %.4f; a step:\n",
+           "%.1f while counted; kept %u of a window of %u, arena %.1f MB, loss %.4f; others had "
+           "%.0f %%; a step:\n",
            threads, plan.opts.micro, plan.opts.sequence, a->rank, round, rate, counted_rate,
-           plan.opts.kept, plan.window, (double)plan.arena_bytes * 1e-6, loss);
+           plan.opts.kept, plan.window, (double)plan.arena_bytes * 1e-6, loss,
+           foreign_share(foreign, start));
     bench_profile_print(&p, threads, round);
     free(tuner);
     free(block);
@@ -217,6 +227,7 @@ static void inference(const step_args *a, const setup *s, node_engine plain, nod
     t.ids = ids;
     feed(s, &plain, &t, a->prefill, false);
     double start = fl_clock_s();
+    const double began = start, foreign = bench_foreign_s();
     feed(s, &plain, &t, a->prefill, false);
     const double prefill = fl_clock_s() - start;
     bench_profile_begin();
@@ -233,8 +244,9 @@ static void inference(const step_args *a, const setup *s, node_engine plain, nod
     feed(s, &counted, &t, a->decode, true);
     p = bench_profile_end(threads);
     printf("decode: %u threads, %u tokens, last exit's head: %.1f tokens/s, %.1f while counted; "
-           "a token:\n",
-           threads, a->decode, a->decode / decode, a->decode / p.wall_s);
+           "others had %.0f %% since prefill; a token:\n",
+           threads, a->decode, a->decode / decode, a->decode / p.wall_s,
+           foreign_share(foreign, began));
     bench_profile_print(&p, threads, a->decode);
     free(ids);
     free(block);
@@ -247,6 +259,7 @@ int main(int argc, char **argv) {
     fl_kern kern, counting;
     fl_kern_select(&kern, fl_cpu_detect());
     bench_profile_kern(&kern, &s.model->head, &counting);
+    if (!a.smoke) bench_state_print("before");
     for (unsigned threads = a.threads == 0 ? 1 : a.threads;
          threads <= (a.threads == 0 ? 2 : a.threads); threads++) {
         fl_pool *pool = NULL;
@@ -256,6 +269,7 @@ int main(int argc, char **argv) {
         inference(&a, &s, plain, counted, threads);
         fl_pool_close(pool);
     }
+    if (!a.smoke) bench_state_print("after");
     setup_free(&s);
     return 0;
 }

@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <time.h>
 #include <unistd.h>
 
 static const double SHARE_LEAST = 0.97;
@@ -147,6 +148,21 @@ size_t bench_cache_size(int level) {
         if (found == level) return (size_t)size << 10;
     }
     return 0;
+}
+
+double bench_foreign_s(void) {
+    // user, nice, system, idle, waiting, interrupts of two kinds, stolen
+    unsigned long long t[8] = {0};
+    struct timespec own;
+    FILE *f = fopen("/proc/stat", "r");
+    if (f == NULL) return 0;
+    const int got = fscanf(f, "cpu %llu %llu %llu %llu %llu %llu %llu %llu", &t[0], &t[1], &t[2],
+                           &t[3], &t[4], &t[5], &t[6], &t[7]);
+    fclose(f);
+    clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &own);
+    if (got != 8) return 0;
+    const double busy = (double)(t[0] + t[1] + t[2] + t[5] + t[6] + t[7]);
+    return busy / (double)sysconf(_SC_CLK_TCK) - (double)own.tv_sec - (double)own.tv_nsec * 1e-9;
 }
 
 // Two threads take turns at writing one line.

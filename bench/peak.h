@@ -60,6 +60,11 @@ void bench_memory_close(bench_memory *m);
 // Cache sizes in bytes; 0 where the system does not say.
 size_t bench_cache_size(int level);
 
+// Processor time that others took, for whole programs, whose threads may sleep: seconds of all
+// processors since the machine started, less what this process used. The difference of two readings
+// over wall time and processors is their share; above 5 % a run is worth nothing.
+double bench_foreign_s(void);
+
 // Hypervisors move virtual processors between cores. Two threads tell where they are:
 //   smt      both share one core: FMA by two threads is below 1.6 times one's. Measure later.
 //   near     a cache line goes to and fro within 300 ns: one last-level cache
