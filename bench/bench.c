@@ -58,7 +58,8 @@ static double median(double *v, size_t count) {
     return v[count / 2];
 }
 
-static double limit_sample(bench_team *team, const bench_case *c) {
+static double limit_sample(const bench_args *args, bench_team *team, const bench_case *c) {
+    if (args->smoke && c->rate != BENCH_NONE) return bench_peak_sample(team, c->rate, 1e-3);
     if (c->stream != NULL) return bench_read_sample(team, c->stream, c->stream_size, 1);
     return bench_rate_here(c->rate) ? bench_peak_sample(team, c->rate, PEAK_MS) : 0;
 }
@@ -73,7 +74,7 @@ void bench_run(const bench_args *args, bench_team *team, const bench_case *c) {
     const size_t calls = args->smoke || once > SAMPLE_S ? 1 : (size_t)(SAMPLE_S / once) + 1;
     const size_t wanted = args->smoke ? 1 : BENCH_RUNS;
     for (int i = 0; i < BENCH_TRIES && good < wanted; i++) {
-        const double limit = limit_sample(team, c);
+        const double limit = limit_sample(args, team, c);
         const double s = bench_team_run(team, &c->job, calls, &share);
         if (limit > 0) limits[known++] = limit;
         if (share >= SHARE_LEAST || args->smoke)

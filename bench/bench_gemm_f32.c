@@ -132,14 +132,21 @@ int main(int argc, char **argv) {
     static const shape panels[] = {
         {256, 576, 576}, {1024, 1536, 576}, {256, 576, 1536}, {1, 1536, 576}};
     static const shape ranks[] = {{256, 576, 8}, {1024, 1536, 8}, {256, 1536, 32}, {1, 1536, 8}};
+    static const shape small = {9, 70, 8};
     if (!args.smoke) bench_state_print("before");
     for (unsigned threads = 0; bench_next_threads(&args, &threads);) {
         bench_team *team = bench_team_open(threads);
-        for (size_t i = 0; i < (args.smoke ? 1 : FL_COUNT(panels)); i++) {
+        if (args.smoke) {
+            bench_product(&args, team, "gemm_f32_nt", panel_piece, true, small);
+            bench_product(&args, team, "gemm_f32_nn", nn_piece, false, small);
+            bench_product(&args, team, "adapter_up", rank_up_piece, false, small);
+            bench_product(&args, team, "adapter_db", tn_piece, true, small);
+        }
+        for (size_t i = 0; i < (args.smoke ? 0 : FL_COUNT(panels)); i++) {
             bench_product(&args, team, "gemm_f32_nt", panel_piece, true, panels[i]);
             bench_product(&args, team, "gemm_f32_nn", nn_piece, false, panels[i]);
         }
-        for (size_t i = 0; i < (args.smoke ? 1 : FL_COUNT(ranks)); i++) {
+        for (size_t i = 0; i < (args.smoke ? 0 : FL_COUNT(ranks)); i++) {
             const shape s = ranks[i], down = {s.tokens, s.k, s.n};
             bench_product(&args, team, "adapter_down", nt_piece, false, down);
             bench_product(&args, team, "adapter_up", rank_up_piece, false, s);

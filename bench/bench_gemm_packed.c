@@ -244,7 +244,7 @@ static void one_token(const bench_args *args, bench_team *team) {
     d->in[0] = rows8_make(1, bench_shapes[0].cols);
     d->in[1] = rows8_make(1, bench_shapes[3].cols);
     d->y = bench_alloc(bench_shapes[4].rows * sizeof(float));
-    for (uint32_t bits = FL_PACKED_BITS_MIN; bits <= FL_PACKED_BITS_MAX; bits++) {
+    for (uint32_t bits = args->smoke ? 7 : FL_PACKED_BITS_MIN; bits <= FL_PACKED_BITS_MAX; bits++) {
         fill_tiles(m.data, m.size, bits);
         for (int shares = 0; shares < 2; shares++) {
             d->shares = shares == 0 ? 0 : bench_team_threads(team);

@@ -29,7 +29,6 @@ typedef struct setup {
     const node_model *model;
     node_corpus *corpus;
     int32_t *ids; // of a made-up text
-    uint64_t begin[2];
     node_docs docs;
 } setup;
 
@@ -65,8 +64,11 @@ static step_args parse(int argc, char **argv) {
     return a;
 }
 
+static const uint64_t made_up[] = {0, 8192}; // one document
+
 static setup setup_make(const step_args *a) {
-    enum { EXITS = 4, WORDS = 8192 };
+    enum { EXITS = 4 };
+    const size_t words = made_up[1];
     setup s = {0};
     fl_err err = {0};
     if (a->model != NULL) {
@@ -99,11 +101,10 @@ static setup setup_make(const step_args *a) {
         s.docs = s.corpus->train;
         return s;
     }
-    s.ids = malloc(WORDS * sizeof(*s.ids));
+    s.ids = malloc(words * sizeof(*s.ids));
     if (s.ids == NULL) abort();
-    for (int i = 0; i < WORDS; i++) s.ids[i] = (int32_t)(t_rand() % s.model->vocabulary);
-    s.begin[1] = WORDS;
-    s.docs = (node_docs){s.ids, s.begin, 1};
+    for (size_t i = 0; i < words; i++) s.ids[i] = (int32_t)(t_rand() % s.model->vocabulary);
+    s.docs = (node_docs){s.ids, made_up, 1};
     return s;
 }
 
