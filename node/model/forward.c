@@ -56,7 +56,8 @@ node_scratch *node_scratch_bind(const node_model *model, uint32_t tokens, uint32
                                 fl_arena *arena) {
     const widths w = widths_of(model);
     const uint32_t cols = most(most(model->hidden, w.q), w.ffn);
-    const size_t panel = most(NODE_PANEL_FLOATS, NODE_PANEL_ROWS_MIN * cols);
+    const size_t panel = most(most(NODE_PANEL_FLOATS, FL_GEMM_PACKED_DX_SCRATCH / sizeof(float)),
+                              NODE_PANEL_ROWS_MIN * cols);
     size_t x8;
     if (!fl_x8_size(tokens, cols, &x8)) x8 = SIZE_MAX;
     node_scratch *s = fl_arena_alloc(arena, 1, sizeof(*s), 64);
@@ -200,10 +201,10 @@ static void stage_attention(void *ctx, size_t begin, size_t end, unsigned worker
     (void)worker;
     for (size_t i = begin; i < end; i++) {
         const uint32_t head = (uint32_t)(i % l->kv_heads) * group;
-        const uint32_t t = (uint32_t)(i / l->kv_heads) * NODE_TOKEN_GRAIN;
+        const uint32_t t = (uint32_t)(i / l->kv_heads) * NODE_ATTENTION_GRAIN;
         const uint32_t left = r->batch->tokens - t;
-        r->kern->attention->forward(&a, t, t + (left < NODE_TOKEN_GRAIN ? left : NODE_TOKEN_GRAIN),
-                                    head, head + group);
+        const uint32_t count = left < NODE_ATTENTION_GRAIN ? left : NODE_ATTENTION_GRAIN;
+        r->kern->attention->forward(&a, t, t + count, head, head + group);
     }
 }
 
@@ -290,7 +291,7 @@ void node_layer_forward(const node_engine *engine, const node_model *model, uint
                    .q = l->heads * model->head_size,
                    .kv = l->kv_heads * model->head_size};
     const size_t kv_stride = (size_t)r.kv * 2;
-    const uint32_t blocks = (batch->tokens + NODE_TOKEN_GRAIN - 1) / NODE_TOKEN_GRAIN;
+    const uint32_t blocks = (batch->tokens + NODE_ATTENTION_GRAIN - 1) / NODE_ATTENTION_GRAIN;
 
     const node_product qkv[] = {whole(&l->linear[NODE_Q], acts->q, r.q),
                                 whole(&l->linear[NODE_K], scratch->out, kv_stride),

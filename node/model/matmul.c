@@ -3,7 +3,7 @@
 #include "kernels/ggml.h"
 #include "node/model/scratch.h"
 
-enum { PACKED_GRAIN = 32, COLS_GRAIN = 128 };
+enum { PACKED_GRAIN = 32, COLS_GRAIN = 128, DX_TOKENS_MIN = 32, DX_TOKENS_BLOCK = 16 };
 
 static fl_packed packed_view(const node_matrix *w) {
     return (fl_packed){w->data, w->rows, w->cols, w->bits};
@@ -29,15 +29,20 @@ static const float *float_rows(const node_matrix *w) {
 typedef struct run {
     const fl_kern *kern;
     const node_product *product;
-    uint32_t count, tokens;
+    uint32_t count, tokens, threads;
     uint32_t pieces[NODE_PRODUCTS_MAX]; // of each product
     const float *x;
     const fl_x8 *x8;
     node_scratch *scratch;
 } run;
 
-static uint32_t product_grain(const node_product *p) {
-    return p->w->type == NODE_TYPE_PACKED ? PACKED_GRAIN : panel_rows(p->w->cols);
+// One token reads every weight once, as fast as memory gives it: a thread has one stretch of the
+// file to itself, since memory is read fastest in long runs.
+static uint32_t product_grain(const run *r, const node_product *p) {
+    if (p->w->type != NODE_TYPE_PACKED) return panel_rows(p->w->cols);
+    if (r->tokens != 1) return PACKED_GRAIN;
+    const uint32_t share = (p->row_end - p->row_begin + r->threads - 1) / r->threads;
+    return (share + FL_PACKED_ROWS - 1) / FL_PACKED_ROWS * FL_PACKED_ROWS;
 }
 
 static void float_piece(const run *r, const node_product *p, uint32_t begin, uint32_t end,
@@ -62,7 +67,7 @@ static void one_piece(const run *r, uint32_t piece, unsigned worker) {
     uint32_t i = 0;
     while (piece >= r->pieces[i]) piece -= r->pieces[i++];
     const node_product *p = &r->product[i];
-    const uint32_t grain = product_grain(p);
+    const uint32_t grain = product_grain(r, p);
     const uint32_t begin = p->row_begin + piece * grain, end = least(begin + grain, p->row_end);
     if (p->w->type != NODE_TYPE_PACKED) {
         float_piece(r, p, begin, end, worker);
@@ -87,10 +92,10 @@ void node_products_run(const node_engine *engine, const node_product *p, uint32_
     FL_ASSERT(count <= NODE_PRODUCTS_MAX && tokens <= scratch->tokens);
     FL_ASSERT(fl_pool_threads(engine->pool) <= scratch->threads);
     if (tokens == 0) return;
-    run r = {engine->kern, p, count, tokens, {0}, x, x8, scratch};
+    run r = {engine->kern, p, count, tokens, fl_pool_threads(engine->pool), {0}, x, x8, scratch};
     size_t pieces = 0;
     for (uint32_t i = 0; i < count; i++) {
-        const uint32_t grain = product_grain(&p[i]);
+        const uint32_t grain = product_grain(&r, &p[i]);
         r.pieces[i] = (p[i].row_end - p[i].row_begin + grain - 1) / grain;
         pieces += r.pieces[i];
     }
@@ -131,8 +136,8 @@ void node_matmul(const node_engine *engine, const node_matrix *w, uint32_t token
     node_matmul_rows(engine, w, 0, w->rows, tokens, x, y, scratch);
 }
 
-// Backward: threads split the columns, so that every element of dx is one worker's sum over the
-// rows in order.
+// Backward: threads split the tokens or the columns, so that every element of dx is one worker's
+// sum over the rows in order.
 typedef struct run_dx {
     const fl_kern *kern;
     const node_matrix *w;
@@ -174,18 +179,27 @@ static void float_cols(const run_dx *r, uint32_t begin, uint32_t end, unsigned w
     }
 }
 
+static void packed_dx(const run_dx *r, size_t token, size_t tokens, uint32_t begin, uint32_t end,
+                      unsigned worker) {
+    const fl_packed w = packed_view(r->w);
+    const fl_packed_range range = {r->row_begin, r->row_end, begin, end};
+    const size_t n = r->row_end - r->row_begin;
+    r->kern->gemm_packed_dx(&w, &range, (uint32_t)tokens, r->dy + token * n, n,
+                            r->dx + token * w.cols + begin, w.cols, r->accumulate,
+                            r->scratch->panel + worker * r->scratch->panel_stride);
+}
+
 static void run_cols(void *ctx, size_t begin, size_t end, unsigned worker) {
     const run_dx *r = ctx;
-    const uint32_t b = (uint32_t)begin, e = (uint32_t)end;
-    if (r->w->type != NODE_TYPE_PACKED) {
-        float_cols(r, b, e, worker);
-        return;
-    }
-    const fl_packed w = packed_view(r->w);
-    const fl_packed_range range = {r->row_begin, r->row_end, b, e};
-    r->kern->gemm_packed_dx(&w, &range, r->tokens, r->dy, r->row_end - r->row_begin, r->dx + b,
-                            w.cols, r->accumulate,
-                            r->scratch->panel + worker * r->scratch->panel_stride);
+    if (r->w->type != NODE_TYPE_PACKED)
+        float_cols(r, (uint32_t)begin, (uint32_t)end, worker);
+    else
+        packed_dx(r, 0, r->tokens, (uint32_t)begin, (uint32_t)end, worker);
+}
+
+static void run_tokens(void *ctx, size_t begin, size_t end, unsigned worker) {
+    const run_dx *r = ctx;
+    packed_dx(r, begin, end - begin, 0, r->w->cols, worker);
 }
 
 void node_matmul_rows_dx(const node_engine *engine, const node_matrix *w, uint32_t row_begin,
@@ -196,7 +210,16 @@ void node_matmul_rows_dx(const node_engine *engine, const node_matrix *w, uint32
     FL_ASSERT(fl_pool_threads(engine->pool) <= scratch->threads);
     if (tokens == 0) return;
     run_dx r = {engine->kern, w, row_begin, row_end, tokens, dy, dx, accumulate, scratch};
-    fl_pool_run(engine->pool, w->cols, cols_grain(w), run_cols, &r);
+    // Gradients are looked through and put in order once a range of columns, weights are unpacked
+    // once a range of tokens: with many tokens, the latter costs less.
+    const uint32_t threads = fl_pool_threads(engine->pool);
+    const uint32_t share = (tokens + threads - 1) / threads;
+    if (w->type == NODE_TYPE_PACKED && share >= DX_TOKENS_MIN)
+        fl_pool_run(engine->pool, tokens,
+                    (share + DX_TOKENS_BLOCK - 1) / DX_TOKENS_BLOCK * DX_TOKENS_BLOCK, run_tokens,
+                    &r);
+    else
+        fl_pool_run(engine->pool, w->cols, cols_grain(w), run_cols, &r);
 }
 
 void node_matmul_dx(const node_engine *engine, const node_matrix *w, uint32_t tokens,

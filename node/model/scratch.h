@@ -9,6 +9,7 @@ enum {
     NODE_PANEL_ROWS = 64,      // most rows of a panel
     NODE_PANEL_ROWS_MIN = 8,   // fewest, of very long rows
     NODE_TOKEN_GRAIN = 8,      // tokens of a piece of work that goes row by row
+    NODE_ATTENTION_GRAIN = 16, // tokens that read a block of keys and values together
     NODE_PRODUCTS_MAX = 3,
 };
 
