@@ -1,5 +1,5 @@
 // Products with packed matrices: every variant, every width, forward, backward and one token at a
-// time. Threads take pieces of rows (backward: of columns) as the engine's do.
+// time. Threads take pieces of rows (backward: of tokens) as the engine's do.
 //   forward, backward   the matrices of the models, 256 and 1024 tokens, 4 bits; the gate matrix at
 //                       every width; the head in chunks of rows, as the engine takes it. Limit: the
 //                       peak of the instruction that multiplies.
@@ -59,6 +59,8 @@ typedef struct product {
     fl_packed w;
     rows8 in;
     uint32_t chunk;      // rows
+    uint32_t share;      // tokens of a piece, backward
+    size_t shares;       // of all tokens
     size_t stage[64];    // pieces up to the end of each chunk
     float *y, *dx;       // [tokens][chunk], [tokens][cols]
     uint8_t *scratch[2]; // one a thread
@@ -77,14 +79,16 @@ static void forward_piece(void *ctx, size_t piece, unsigned thread) {
     p->forward(&p->w, begin, end, &p->in.x8, p->y + begin % p->chunk, p->chunk);
 }
 
+// All columns of a thread's share of the tokens, as the engine cuts it with many tokens.
 static void backward_piece(void *ctx, size_t piece, unsigned thread) {
     const product *p = ctx;
-    const uint32_t chunk = (uint32_t)piece / p->in.x8.groups * p->chunk;
-    const uint32_t begin = (uint32_t)piece % p->in.x8.groups * FL_PACKED_GROUP;
-    const fl_packed_range range = {chunk, least(chunk + p->chunk, p->w.rows), begin,
-                                   least(begin + FL_PACKED_GROUP, p->w.cols)};
-    p->backward(&p->w, &range, p->in.x8.tokens, p->y, p->chunk, p->dx + begin, p->w.cols,
-                chunk != 0, p->scratch[thread]);
+    const uint32_t chunk = (uint32_t)(piece / p->shares) * p->chunk, tokens = p->in.x8.tokens;
+    const uint32_t first = least((uint32_t)(piece % p->shares) * p->share, tokens);
+    const uint32_t end = least(first + p->share, tokens);
+    const fl_packed_range range = {chunk, least(chunk + p->chunk, p->w.rows), 0, p->w.cols};
+    if (first == end) return;
+    p->backward(&p->w, &range, end - first, p->y + (size_t)first * p->chunk, p->chunk,
+                p->dx + (size_t)first * p->w.cols, p->w.cols, chunk != 0, p->scratch[thread]);
 }
 
 // A barrier after each chunk: `pieces` of it.
@@ -110,10 +114,12 @@ static void forward_variants(const bench_args *args, bench_team *team, product *
 
 static void backward_variants(const bench_args *args, bench_team *team, product *p, bench_case *c) {
     const uint32_t cpu = fl_cpu_detect();
-    const size_t tokens = p->in.x8.tokens, groups = p->in.x8.groups;
+    const size_t tokens = p->in.x8.tokens, chunks = (p->w.rows + p->chunk - 1) / p->chunk;
+    p->shares = bench_team_threads(team);
+    p->share = (uint32_t)((tokens + p->shares - 1) / p->shares + 15) / 16 * 16;
     for (size_t i = 0; i < tokens * p->chunk; i++) p->y[i] = (float)(i % 5 + 1) * 0.25f;
     c->kernel = "gemm_packed_dx", c->check = &p->dx[1];
-    c->job = job_of(p, backward_piece, groups, (p->w.rows + p->chunk - 1) / p->chunk * groups);
+    c->job = job_of(p, backward_piece, p->shares, chunks * p->shares);
     c->bytes += 4.0 * (double)tokens * p->w.cols;
     for (const fl_gemm_packed_dx_variant *v = fl_gemm_packed_dx_variants; v->fn != NULL; v++) {
         if ((v->need & cpu) != v->need || (v->need == 0 && !args->smoke)) continue;
@@ -237,7 +243,7 @@ static void decode_layers(const bench_args *args, bench_team *team, decode *d,
 static void one_token(const bench_args *args, bench_team *team) {
     // More than three times the last cache, so that nothing of the last call is left in it.
     const size_t least = (size_t)96 << 20, three = 3 * bench_cache_size(3);
-    bench_memory m = bench_memory_open(BENCH_PAGES_FILE, args->smoke     ? (size_t)4 << 20
+    bench_memory m = bench_memory_open(BENCH_PAGES_FILE, args->smoke     ? (size_t)1 << 20
                                                          : three > least ? three
                                                                          : least);
     decode *d = bench_alloc(sizeof(*d));

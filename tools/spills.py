@@ -35,7 +35,8 @@ ALLOWED = [
     ("gemm_packed_avx2", r"panel_8", 39),
     # Broadcast constants, loaded once for 64 or 137 products.
     ("attention_avx2", r"fl_attention_(forward|backward)_avx2", 9),
-    # Constants of the exponential.
+    # Constants of the exponential, loaded.
+    ("attention_avx512", r"fl_attention_backward_avx512", 11),
     ("softmax_xent_avx2", r"fl_xent_grad_avx2", 3),
     ("softmax_xent_neon", r"fl_xent_update_neon", 2),
     # Vectors of fewer than four floats go by way of the stack; in attention, that way is in the
