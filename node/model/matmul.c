@@ -102,6 +102,11 @@ void node_products_run(const node_engine *engine, const node_product *p, uint32_
     fl_pool_run(engine->pool, pieces, 1, run_pieces, &r);
 }
 
+void node_product_span(const fl_kern *kern, const node_product *p, size_t begin, const fl_x8 *x8) {
+    const fl_packed w = packed_view(p->w);
+    kern->gemm_packed(&w, p->row_begin, p->row_end, x8, p->y + begin * p->y_stride, p->y_stride);
+}
+
 typedef struct quantise {
     const fl_kern *kern;
     const float *x;
