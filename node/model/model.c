@@ -12,6 +12,7 @@
 #include "kernels/rope.h"
 #include "kernels/vec.h"
 #include "node/model/container.h"
+#include "node/model/resident.h"
 
 enum { NAME_SIZE = NODE_GGUF_NAME_MAX + 1, KEY_SIZE = 96, I8 = 24 };
 
@@ -333,7 +334,9 @@ static fl_status open_gguf(node_gguf *take_file, node_model **ret, fl_err *err) 
 fl_status node_model_open(const char *path, node_model **ret, fl_err *err) {
     node_gguf *file = NULL;
     FL_TRY(node_gguf_open(path, &file, err));
-    return open_gguf(file, ret, err);
+    FL_TRY(open_gguf(file, ret, err));
+    (*ret)->mapped = true;
+    return FL_OK;
 }
 
 fl_status node_model_open_bytes(fl_bytes bytes, node_model **ret, fl_err *err) {
@@ -345,6 +348,7 @@ fl_status node_model_open_bytes(fl_bytes bytes, node_model **ret, fl_err *err) {
 
 void node_model_close(node_model *m) {
     if (m == NULL) return;
+    node_resident_close(m);
     node_gguf_close(m->file);
     free(m);
 }

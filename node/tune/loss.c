@@ -5,6 +5,7 @@
 
 #include "common/rng.h"
 #include "kernels/vec.h"
+#include "node/model/resident.h"
 
 enum { LOSS_GRAIN = 16 };
 
@@ -82,6 +83,7 @@ double node_loss_step(const node_engine *engine, node_head *head, const node_los
     for (c.first = 0; c.first < vocabulary; c.first += c.n) {
         c.n = vocabulary - c.first < head->chunk ? vocabulary - c.first : head->chunk;
         const uint32_t begin = (uint32_t)c.first, end = (uint32_t)(c.first + c.n);
+        node_resident_head(job->model, begin, end);
         node_matmul_rows(engine, &job->model->head, begin, end, job->tokens, head->norm,
                          head->logits, scratch);
         fl_pool_run(engine->pool, job->tokens, LOSS_GRAIN, take_chunk, &c);
