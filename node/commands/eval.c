@@ -5,6 +5,7 @@
 #include "common/json.h"
 #include "node/commands/commands.h"
 #include "node/commands/setup.h"
+#include "node/exits/head.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -96,8 +97,7 @@ static fl_status score(const eval_opts *o, node_setup *s, const node_docs *docs,
                                  .tokens_max = (uint64_t)o->tokens};
     node_eval *eval = NULL;
     const node_lora *lora = s->adapter == NULL ? NULL : &s->adapter->lora;
-    const node_resident_use use = {
-        .layers = s->model->layers, .head_rows = NODE_HEAD_CHUNK, .loose = (uint32_t)o->window};
+    const node_resident_use use = {.layers = s->model->layers, .head_rows = NODE_HEAD_CHUNK};
     const size_t rows = (size_t)o->window * s->model->exits * sizeof(float);
     FL_TRY(node_setup_fit(s, &use, o->memory, node_eval_size(s->model, lora, &opts) + rows,
                           ret_peak, err));

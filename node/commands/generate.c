@@ -114,8 +114,7 @@ static fl_status open_writer(writer *w, size_t prompt, const generate_opts *o, v
     const size_t rest =
         arena.peak + m->vocabulary * (sizeof(float) * (m->exits + 1) + sizeof(node_candidate));
     const size_t size = session_size + rest + 4096; // seams between the parts
-    const node_resident_use use = {
-        .layers = m->layers, .head_rows = w->head.chunk, .loose = opts.chunk};
+    const node_resident_use use = {.layers = m->layers, .head_rows = w->head.chunk};
     FL_TRY(node_setup_fit(w->setup, &use, o->memory, size, &w->peak, err));
     FL_TRY(node_block_take(size, ret_block, err));
     fl_arena_init(&arena, *ret_block, size);

@@ -83,6 +83,7 @@ uint64_t node_rss_peak(void) {
 
 uint64_t node_setup_bytes(const node_setup *s) {
     enum { CODE = 1 << 20 }; // code and tables of the program that were not touched yet
+    node_resident_close(s->model);
     node_resident_drop(s->model);
 #ifdef __GLIBC__
     malloc_trim(0);
@@ -91,6 +92,7 @@ uint64_t node_setup_bytes(const node_setup *s) {
 }
 
 fl_status node_setup_place_weights(node_setup *s, const node_resident_plan *plan, fl_err *err) {
+    node_resident_close(s->model);
     const uint64_t cache = node_facts_memory_budget(&s->facts, 0);
     return node_resident_open(s->model, plan, plan->ring != 0 && cache < s->model->bytes, err);
 }

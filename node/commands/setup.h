@@ -41,7 +41,8 @@ uint64_t node_rss_now(void);
 uint64_t node_rss_peak(void);
 
 // Bytes that the process holds besides the weights and what it will take from now on. Lets go of
-// the model's pages and of freed memory, so that it can be measured rather than guessed.
+// the model's pages (and of a plan for them) and of freed memory, so that it can be measured rather
+// than guessed.
 uint64_t node_setup_bytes(const node_setup *setup);
 // Opens a plan for the weights of setup->model. They leave the system's cache too when the machine
 // or the control group could not hold them there.

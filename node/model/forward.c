@@ -92,8 +92,8 @@ static void embed_rows(void *ctx, size_t begin, size_t end, unsigned worker) {
     const embed_run *r = ctx;
     (void)worker;
     for (size_t t = begin; t < end; t++)
-        node_matrix_row(&r->model->embedding, (uint32_t)r->batch->id[t],
-                        r->x + t * r->model->hidden);
+        node_resident_row(r->model, &r->model->embedding, (uint32_t)r->batch->id[t],
+                          r->x + t * r->model->hidden);
 }
 
 void node_embed(const node_engine *engine, const node_model *model, const node_batch *batch,

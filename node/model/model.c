@@ -334,9 +334,7 @@ static fl_status open_gguf(node_gguf *take_file, node_model **ret, fl_err *err) 
 fl_status node_model_open(const char *path, node_model **ret, fl_err *err) {
     node_gguf *file = NULL;
     FL_TRY(node_gguf_open(path, &file, err));
-    FL_TRY(open_gguf(file, ret, err));
-    (*ret)->mapped = true;
-    return FL_OK;
+    return open_gguf(file, ret, err);
 }
 
 fl_status node_model_open_bytes(fl_bytes bytes, node_model **ret, fl_err *err) {

@@ -82,7 +82,6 @@ typedef struct node_model {
     node_luc_policy policy;              // zeros unless compressed
     uint64_t bytes;                      // of the file
     node_gguf *file;                     // owns the mapping and the metadata
-    bool mapped;                         // the weights lie in a mapped file
     struct node_resident *resident;      // what is in memory when (resident.h); NULL: all of it
 } node_model;
 

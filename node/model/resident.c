@@ -4,9 +4,12 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include "common/clock.h"
 #include "common/fault.h"
+#include "kernels/ggml.h"
+#include "kernels/packed.h"
 
 #ifndef MADV_POPULATE_READ // Linux 5.14; older headers
 #define MADV_POPULATE_READ 22
@@ -53,7 +56,6 @@ typedef struct node_resident {
     layout at;
     node_resident_plan plan;
     bool forget;
-    bool loose; // rows may have been touched that belong to no part that is present
     uint32_t order[ORDER_MAX];
     uint32_t count, pos; // of the order; where the caller is
     uint32_t low, high;  // parts that the caller uses now
@@ -104,7 +106,7 @@ static void add_layer(layout *l, const node_model *m, uint32_t layer) {
 }
 
 static void make_layout(layout *l, const node_model *m, uint32_t layers) {
-    l->base = m->mapped ? node_gguf_bytes(m->file).data : NULL;
+    l->base = m->file != NULL ? node_gguf_bytes(m->file).data : NULL;
     l->ranges = 0;
     l->layers = layers;
     for (uint32_t i = 0; i < layers; i++) add_layer(l, m, i);
@@ -133,12 +135,6 @@ static void slices_of(const layout *l, const node_matrix *head, uint32_t row_beg
 
 // ---- plan
 
-// Rows of a table that are read here and there: each maps what lies around it.
-static size_t loose_bytes(const node_matrix *table, uint32_t rows) {
-    const size_t each = table->size / table->rows + AROUND;
-    return table->size / each < rows ? table->size : rows * each;
-}
-
 // Most bytes of a chunk's slices.
 static size_t chunk_bytes(const layout *l, const node_model *m, uint32_t rows) {
     size_t most = 0;
@@ -153,8 +149,8 @@ static size_t chunk_bytes(const layout *l, const node_model *m, uint32_t rows) {
     return most;
 }
 
-// Parts that stay, the most used first, until `room` is spent: layers of the window, the head
-// (whole, it needs no room for rows read here and there), other layers. Returns what they take.
+// Parts that stay, the most used first, until `room` is spent: layers of the window, the head,
+// other layers. Returns what they take.
 static size_t fix_parts(layout *l, const node_resident_use *use, size_t room) {
     const uint32_t window = use->layers - use->window, parts = l->layers + l->slices;
     const uint32_t order[3][2] = {{window, l->layers}, {l->layers, parts}, {0, window}};
@@ -168,22 +164,11 @@ static size_t fix_parts(layout *l, const node_resident_use *use, size_t room) {
     return taken;
 }
 
-// What streaming takes under a limit, when `loose` bytes are read here and there. False when the
-// limit is too low.
-static bool stream_plan(layout *l, size_t largest, size_t loose, uint64_t limit,
-                        node_resident_plan *ret) {
-    ret->least = largest + loose;
-    if (limit < ret->least) return false;
-    // Twice the largest part: one computes while the next is read. Loose rows take their share of
-    // the ring: while they are read nothing is read ahead in their place.
-    ret->ring = 2 * largest > ret->least ? 2 * largest : ret->least;
-    if (ret->ring > limit) ret->ring = limit;
-    ret->loose = loose;
-    ret->fixed = fix_parts(l, &ret->use, limit - ret->ring);
+static void stream_plan(layout *l, size_t largest, node_resident_plan *ret) {
+    // Twice the largest part: one computes while the next is read.
+    ret->ring = 2 * largest > ret->limit ? ret->limit : 2 * largest;
+    ret->fixed = fix_parts(l, &ret->use, ret->limit - ret->ring);
     ret->bytes = ret->fixed + ret->ring;
-    ret->streamed = 0;
-    ret->layers_streamed = 0;
-    ret->head_streamed = false;
     for (uint32_t i = 0; i < l->layers + l->slices; i++) {
         const bool twice = i >= ret->use.layers - ret->use.window && i < ret->use.layers;
         if (l->part[i].fixed) continue;
@@ -191,7 +176,6 @@ static bool stream_plan(layout *l, size_t largest, size_t loose, uint64_t limit,
         ret->layers_streamed += i < l->layers;
         ret->head_streamed = ret->head_streamed || i >= l->layers;
     }
-    return true;
 }
 
 // Fills `l` too, with the parts that stay.
@@ -200,24 +184,20 @@ static bool plan_with(layout *l, const node_model *m, const node_resident_use *u
     FL_ASSERT(use->layers <= m->layers && use->window <= use->layers && use->head_rows > 0);
     make_layout(l, m, use->layers);
     *ret = (node_resident_plan){.use = *use, .limit = limit};
-    const size_t embedding = m->tied ? 0 : loose_bytes(&m->embedding, use->loose);
-    size_t whole = embedding, largest = 0;
+    size_t whole = 0, largest = chunk_bytes(l, m, use->head_rows);
     for (uint32_t i = 0; i < l->layers + l->slices; i++) {
         whole += l->part[i].size;
         if (l->part[i].size > largest) largest = l->part[i].size;
     }
+    ret->least = largest < whole ? largest : whole;
     if (limit == 0 || whole <= limit) {
         for (uint32_t i = 0; i < l->layers + l->slices; i++) l->part[i].fixed = true;
-        ret->fixed = whole - embedding;
-        ret->bytes = ret->least = whole;
+        ret->fixed = ret->bytes = whole;
         return true;
     }
-    if (stream_plan(l, largest, embedding, limit, ret) && !ret->head_streamed) return true;
-    // Chunks of the head pass through too, and its rows are read here and there.
-    const size_t chunk = chunk_bytes(l, m, use->head_rows);
-    const size_t rows = loose_bytes(&m->head, use->loose);
-    return stream_plan(l, chunk > largest ? chunk : largest, rows > embedding ? rows : embedding,
-                       limit, ret);
+    if (limit < ret->least) return false;
+    stream_plan(l, largest, ret);
+    return true;
 }
 
 bool node_resident_make_plan(const node_model *model, const node_resident_use *use, uint64_t limit,
@@ -263,23 +243,36 @@ static void load(const layout *l, const part *p, const bool *stop) {
 }
 
 void node_resident_drop(const node_model *model) {
-    if (!model->mapped) return;
+    if (node_gguf_fd(model->file) < 0) return;
     const fl_bytes all = node_gguf_bytes(model->file);
     (void)madvise((void *)(uintptr_t)all.data, all.size, MADV_DONTNEED);
 }
 
-// Rows that were read here and there: of the embedding, and of slices that are not present.
-static void drop_loose(node_resident *r, const node_model *m) {
-    r->loose = false;
-    pthread_mutex_lock(&r->lock); // the reader must not begin with a slice meanwhile
-    if (!m->tied) {
-        const size_t begin = (size_t)(m->embedding.data - r->at.base) / PAGE * PAGE;
-        const size_t end = (size_t)(m->embedding.data - r->at.base) + m->embedding.size;
-        advise(&r->at, (range){begin, (end + PAGE - 1) / PAGE * PAGE}, MADV_DONTNEED);
+// A row that lies in no part that stays, through the file. False when it cannot be read so.
+static bool read_row(const node_model *m, const node_matrix *w, uint32_t row, float *out) {
+    enum { BUFFER = 16384 };
+    _Alignas(64) uint8_t buffer[BUFFER];
+    const bool packed = w->type == NODE_TYPE_PACKED;
+    // Packed rows lie 16 together, in tiles of 64 columns; ggml's in blocks of their own.
+    const fl_ggml_type *type = packed ? NULL : fl_ggml_type_find(w->type);
+    const size_t unit = packed ? fl_packed_tile_size(w->bits) : type->block_bytes;
+    const uint32_t unit_cols = packed ? FL_PACKED_GROUP : type->block_elements;
+    const uint32_t cols_max = (uint32_t)(BUFFER / unit) * unit_cols;
+    const size_t line = ((size_t)w->cols + unit_cols - 1) / unit_cols * unit;
+    const uint8_t *from = w->data + (packed ? row / FL_PACKED_ROWS : row) * line;
+    off_t at = (off_t)(from - node_gguf_bytes(m->file).data);
+    for (uint32_t c = 0; c < w->cols; c += cols_max) {
+        const uint32_t cols = w->cols - c < cols_max ? w->cols - c : cols_max;
+        const size_t size = (cols + unit_cols - 1) / unit_cols * unit;
+        if (pread(node_gguf_fd(m->file), buffer, size, at) != (ssize_t)size) return false;
+        at += (off_t)size;
+        const fl_packed tile = {buffer, FL_PACKED_ROWS, cols, w->bits};
+        if (packed)
+            fl_packed_row(&tile, row % FL_PACKED_ROWS, out + c);
+        else
+            fl_ggml_row_to_f32(w->type, buffer, cols, out + c);
     }
-    for (uint32_t i = r->at.layers; i < r->at.layers + r->at.slices; i++)
-        if (r->reading && r->at.part[i].state == ABSENT) let_go(&r->at, &r->at.part[i], r->forget);
-    pthread_mutex_unlock(&r->lock);
+    return true;
 }
 
 // ---- the reader
@@ -287,7 +280,6 @@ static void drop_loose(node_resident *r, const node_model *m) {
 // Marks what is wanted from here on: what is used now, then what comes, as far as the ring holds.
 static void want(node_resident *r) {
     layout *l = &r->at;
-    const uint64_t ring = r->plan.ring - (r->loose ? r->plan.loose : 0);
     uint64_t taken = 0;
     for (uint32_t i = 0; i < l->layers + l->slices; i++) l->part[i].wanted = l->part[i].fixed;
     for (uint32_t i = r->low; i <= r->high; i++) {
@@ -297,7 +289,7 @@ static void want(node_resident *r) {
     for (uint32_t n = 0; n < r->count; n++) {
         part *p = &l->part[r->order[(r->pos + n) % r->count]];
         if (p->wanted) continue;
-        if (taken + p->size > ring) return;
+        if (taken + p->size > r->plan.ring) return;
         taken += p->size;
         p->wanted = true;
     }
@@ -379,9 +371,7 @@ static void enter(node_resident *r, uint32_t low, uint32_t high) {
 
 void node_resident_begin(const node_model *model, const node_resident_pass *pass) {
     node_resident *r = model->resident;
-    if (r == NULL) return;
-    r->loose = true; // the embedding's rows
-    if (!r->reading) return;
+    if (r == NULL || !r->reading) return;
     pthread_mutex_lock(&r->lock);
     r->count = r->pos = 0;
     for (uint32_t l = pass->first; l <= pass->last && l < r->at.layers; l++)
@@ -400,19 +390,31 @@ void node_resident_begin(const node_model *model, const node_resident_pass *pass
 
 void node_resident_layer(const node_model *model, uint32_t layer) {
     node_resident *r = model->resident;
-    if (r == NULL || layer >= r->at.layers) return;
-    if (r->loose) drop_loose(r, model);
-    if (r->reading) enter(r, layer, layer);
+    if (r == NULL || !r->reading || layer >= r->at.layers) return;
+    enter(r, layer, layer);
 }
 
 void node_resident_head(const node_model *model, uint32_t row_begin, uint32_t row_end) {
     node_resident *r = model->resident;
-    if (r == NULL || row_begin >= row_end) return;
+    if (r == NULL || !r->reading || row_begin >= row_end) return;
     uint32_t low, high;
     slices_of(&r->at, &model->head, row_begin, row_end, &low, &high);
-    if (r->loose) drop_loose(r, model);
-    r->loose = row_end == model->head.rows; // target rows follow
-    if (r->reading) enter(r, low, high);
+    enter(r, low, high);
+}
+
+// Does the row stay with the head's fixed slices? Then the mapping will do.
+static bool stays(const node_model *m, const node_matrix *w, uint32_t row) {
+    const node_resident *r = m->resident;
+    uint32_t low, high;
+    if (r == NULL) return true;
+    if (w->data != m->head.data) return false;
+    slices_of(&r->at, &m->head, row, row + 1, &low, &high);
+    return r->at.part[low].fixed && r->at.part[high].fixed;
+}
+
+void node_resident_row(const node_model *model, const node_matrix *w, uint32_t row, float *out) {
+    FL_ASSERT(row < w->rows);
+    if (stays(model, w, row) || !read_row(model, w, row, out)) node_matrix_row(w, row, out);
 }
 
 bool node_resident_head_passes(const node_model *model) {
@@ -432,7 +434,7 @@ void node_resident_read_stats(const node_model *model, node_resident_stats *ret)
 
 fl_status node_resident_open(node_model *model, const node_resident_plan *plan, bool forget,
                              fl_err *err) {
-    FL_ASSERT(model->mapped && model->resident == NULL);
+    FL_ASSERT(node_gguf_fd(model->file) >= 0 && model->resident == NULL);
     node_resident *r = fl_fault() ? NULL : calloc(1, sizeof(*r));
     if (r == NULL) return FL_FAIL(err, FL_ENOMEM, "no memory to keep account of the weights");
     node_resident_plan again;
@@ -445,10 +447,6 @@ fl_status node_resident_open(node_model *model, const node_resident_plan *plan, 
     model->resident = r;
     if (plan->ring == 0) return FL_OK;
     r->low = 1; // nothing is used yet: high is 0
-    // Target rows must not bring their neighbours along.
-    if (plan->head_streamed)
-        for (uint32_t i = r->at.layers; i < r->at.layers + r->at.slices; i++)
-            if (!r->at.part[i].fixed) advise(&r->at, r->at.range[r->at.part[i].first], MADV_RANDOM);
     r->reading = !fl_fault() && pthread_create(&r->reader, NULL, read_ahead, r) == 0;
     if (r->reading) return FL_OK;
     node_resident_close(model);

@@ -6,11 +6,16 @@
 // when it has been used. A fixed set and a ring, not the least recently used: every pass goes
 // through all layers in order, and there LRU would throw out each part just before it is needed.
 //
+// Rows that are read here and there (embedding, target rows of the head) are read through the file,
+// not the mapping: touching one would map what lies around it, up to megabytes where the system's
+// cache holds large pages.
+//
 //   Memory   plain arithmetic over the file's layout says beforehand how much is resident at most:
-//            the fixed parts, the ring, and rows read here and there (embedding, target rows of the
-//            head), which are let go at the next layer. Counted are pages in this process's tables:
-//            RSS. What the system keeps in its cache besides is its own to give up; with `forget`
-//            pages leave that too, for a machine or control group that could not hold the model.
+//            the fixed parts and the ring (and, at the edges of parts, what is left of a large page
+//            of the cache, where it holds such: the system maps those whole). Counted are pages in
+//            this process's tables: RSS. What the system keeps in its cache besides is its own to
+//            give up; with `forget` pages leave that too, for a machine or control group that could
+//            not hold the model.
 //   Bits     none change: the same bytes at the same addresses.
 //   Threads  one caller besides the reader. Allocates nothing after open.
 //   Errors   a page that cannot be read ends the process (SIGBUS), as with any mapped file.
@@ -25,7 +30,6 @@ typedef struct node_resident_use {
     uint32_t layers;    // layers 0 .. layers - 1
     uint32_t window;    // the topmost of them that are used again on the way back; 0: none
     uint32_t head_rows; // rows of the head at a time: a chunk of the vocabulary
-    uint32_t loose;     // rows read here and there between two layers: tokens of a batch
 } node_resident_use;
 
 typedef struct node_resident_plan {
@@ -34,7 +38,6 @@ typedef struct node_resident_plan {
     uint64_t bytes;           // most that is resident
     uint64_t least;           // the least limit that a plan can meet
     uint64_t fixed, ring;     // of parts that stay; for parts that pass. ring 0: nothing passes
-    uint64_t loose;           // of the ring, while rows are read here and there
     uint64_t streamed;        // read again in every pass
     uint32_t layers_streamed; // layers that pass through the ring
     bool head_streamed;       // some of the head does
@@ -73,6 +76,9 @@ void node_resident_begin(const node_model *model, const node_resident_pass *pass
 // Returns when the layer, or these rows of the head, may be read. Valid until the next call.
 void node_resident_layer(const node_model *model, uint32_t layer);
 void node_resident_head(const node_model *model, uint32_t row_begin, uint32_t row_end);
+// Row r of the embedding or the head as floats, out[cols]: node_matrix_row for rows that lie
+// scattered. Any thread may call it.
+void node_resident_row(const node_model *model, const node_matrix *w, uint32_t row, float *out);
 // Must the head be taken in chunks of at most use.head_rows?
 bool node_resident_head_passes(const node_model *model);
 

@@ -52,7 +52,7 @@ static void finish_rows(void *ctx, size_t begin, size_t end, unsigned worker) {
             memset(dn, 0, d * sizeof(float));
             continue;
         }
-        node_matrix_row(&job->model->head, (uint32_t)job->target[t], row);
+        node_resident_row(job->model, &job->model->head, (uint32_t)job->target[t], row);
         fl_vec_scale(d, job->weight * (float)(1.0 / c->head->state[t].sum), dn);
         fl_vec_axpy(d, -job->weight, row, dn);
     }

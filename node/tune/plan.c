@@ -55,8 +55,7 @@ static bool place_weights(const node_model *model, const node_tune_opts *opts, u
                           node_tune_plan *ret) {
     const node_resident_use use = {.layers = node_window_depth(model, &opts->window) + 1,
                                    .window = ret->window,
-                                   .head_rows = opts->chunk,
-                                   .loose = opts->sequence};
+                                   .head_rows = opts->chunk};
     return node_resident_make_plan(model, &use, limit, &ret->resident);
 }
 
