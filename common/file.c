@@ -115,14 +115,18 @@ fl_status fl_map_open(const char *path, fl_map *ret, fl_err *err) {
         st = fail_errno(err, "map", path);
         goto out;
     }
-    *ret = (fl_map){{p, (size_t)size}};
+    *ret = (fl_map){{p, (size_t)size}, fd};
+    fd = -1;
 out:
-    close(fd);
+    if (fd >= 0) close(fd);
     return st;
 }
 
 void fl_map_close(fl_map *map) {
-    if (map->bytes.data != NULL) munmap((void *)(uintptr_t)map->bytes.data, map->bytes.size);
+    if (map->bytes.data != NULL) {
+        munmap((void *)(uintptr_t)map->bytes.data, map->bytes.size);
+        close(map->fd);
+    }
     *map = (fl_map){0};
 }
 

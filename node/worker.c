@@ -3,6 +3,7 @@
 #include "common/checked.h"
 #include "common/clock.h"
 #include "node/commands/setup.h"
+#include "node/exits/head.h"
 #include "node/tune/evaluate.h"
 #include "node/tune/tuner.h"
 #include "proto/seal.h"
@@ -209,8 +210,13 @@ static fl_status evaluate(node_worker *w, const node_adapter *a, bool all_exits,
                                  .all_exits = all_exits,
                                  .tokens_max = w->task.eval_tokens,
                                  .stop = &w->stop};
+    const node_model *m = w->session.model;
+    const node_resident_use use = {.layers = m->layers, .head_rows = NODE_HEAD_CHUNK};
     node_eval *eval = NULL;
-    FL_TRY(node_eval_open(&w->session.engine, w->session.model, lora, &opts, &eval, err));
+    uint64_t peak;
+    FL_TRY(node_setup_fit(&w->session, &use, w->opts.memory_bytes, node_eval_size(m, lora, &opts),
+                          &peak, err));
+    FL_TRY(node_eval_open(&w->session.engine, m, lora, &opts, &eval, err));
     const node_docs *docs = w->corpus->held.count > 0 ? &w->corpus->held : &w->corpus->train;
     const fl_status st =
         node_eval_run(eval, a == NULL || !all_exits ? NULL : &a->vote, docs, ret, err);
@@ -257,6 +263,8 @@ static node_tune_opts tune_opts(const node_worker *w) {
     o.seed = t->seed ^ fl_get_u64(w->state->identity_key); // each node its own order
     o.threads = fl_pool_threads(w->session.pool);
     o.memory_bytes = w->opts.memory_bytes;
+    o.resident_bytes = node_setup_bytes(&w->session);
+    o.stream = true;
     return o;
 }
 
@@ -377,6 +385,7 @@ static fl_status train(node_worker *w, node_adapter *a, fl_err *err) {
     void *block = NULL;
     fl_status st = tuner == NULL || before == NULL ? FL_FAIL(err, FL_ENOMEM, "no memory to tune")
                                                    : node_block_take(plan.arena_bytes, &block, err);
+    if (st == FL_OK) st = node_setup_place_weights(&w->session, &plan.resident, err);
     if (st == FL_OK) {
         float *at = before;
         for (uint32_t i = 0; i < w->task.base_count; i++) {

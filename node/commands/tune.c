@@ -96,8 +96,13 @@ static fl_status make_plan(tune_run *r, const tune_opts *o, fl_err *err) {
     t.lr = t.gain_lr = (float)o->lr;
     t.threads = fl_pool_threads(r->session.pool);
     t.memory_bytes = node_facts_memory_budget(&r->session.facts, o->memory);
-    return node_tune_make_plan(r->session.model, r->adapter->opts.rank, &r->corpus->train, &t,
-                               &r->plan, err);
+    t.resident_bytes = node_setup_bytes(&r->session);
+    t.stream = true;
+    FL_TRY(node_tune_make_plan(r->session.model, r->adapter->opts.rank, &r->corpus->train, &t,
+                               &r->plan, err));
+    const uint64_t opened = node_rss_peak(); // reading the vocabulary and the text took so much
+    if (r->plan.peak_bytes < opened) r->plan.peak_bytes = opened;
+    return FL_OK;
 }
 
 static fl_status open_run(tune_run *r, const tune_opts *o, fl_err *err) {
@@ -123,6 +128,19 @@ static void add_plan(fl_json *root, const node_tune_plan *p) {
     fl_json_set_integer(root, "chunk", p->opts.chunk);
     fl_json_set_integer(root, "kept_layers", p->opts.kept);
     fl_json_set_integer(root, "threads", p->opts.threads);
+    fl_json_set_integer(root, "streamed_bytes_per_pass", (int64_t)p->resident.streamed);
+    fl_json_set_integer(root, "streamed_layers", p->resident.layers_streamed);
+}
+
+static void add_gave_up(fl_json *root, const node_tune_plan *p) {
+    fl_json *list = fl_json_add_array(root, "gave_up");
+    for (uint32_t i = 0; i < p->gave_up_count; i++) fl_json_set_string(list, NULL, p->gave_up[i]);
+}
+
+static void print_gave_up(const node_tune_plan *p) {
+    for (uint32_t i = 0; i < p->gave_up_count; i++)
+        printf("%s%s%s", i == 0 ? "to fit the memory: " : "; ", p->gave_up[i],
+               i + 1 == p->gave_up_count ? "\n" : "");
 }
 
 static int run_plan(const void *options) {
@@ -134,6 +152,7 @@ static int run_plan(const void *options) {
     if (st == FL_OK && o->json) {
         fl_json *root = fl_json_object();
         add_plan(root, p);
+        add_gave_up(root, p);
         st = fl_json_print(root, stdout, &err);
         fl_json_free(root);
     } else if (st == FL_OK) {
@@ -144,6 +163,7 @@ static int run_plan(const void *options) {
                "activations of %u layers kept, %u threads\n",
                p->window, p->opts.micro, p->opts.sequence, p->opts.chunk, p->opts.kept,
                p->opts.threads);
+        print_gave_up(p);
     }
     close_run(&r);
     return st == FL_OK ? FL_EXIT_OK : fl_cli_fail(&err);
@@ -173,14 +193,18 @@ static fl_status print_step(const tune_run *r, const node_tune_report *s, double
         fl_json_set_bool(root, "done", true);
         fl_json_set_integer(root, "peak_rss_bytes", (int64_t)node_rss_peak());
         fl_json_set_integer(root, "planned_peak_bytes", (int64_t)r->plan.peak_bytes);
+        add_gave_up(root, &r->plan);
+        node_setup_add_streamed(&r->session, root);
     }
     const fl_status st = fl_json_print(root, stdout, err);
     fl_json_free(root);
     return st;
 }
 
-// One report is a second's worth of steps in JSON, a line's redraw on a terminal.
-static fl_status run_steps(tune_run *r, const tune_opts *o, node_tuner *tuner, fl_err *err) {
+// One report is a second's worth of steps in JSON, a line's redraw on a terminal. *block, the
+// tuner's, is freed when the steps are done: what follows has a plan of its own in its place.
+static fl_status run_steps(tune_run *r, const tune_opts *o, node_tuner *tuner, void **block,
+                           fl_err *err) {
     fl_progress bar;
     fl_progress_init(&bar, "tuning", o->json);
     const double start = fl_clock_s();
@@ -203,24 +227,28 @@ static fl_status run_steps(tune_run *r, const tune_opts *o, node_tuner *tuner, f
         }
     }
     fl_progress_done(&bar);
+    const double seconds = fl_clock_s() - start;
+    free(*block);
+    *block = NULL;
     if (st != FL_OK) return st;
     // An exit that was never trained has nothing to say: then the vote stays with the last one.
     if (r->plan.opts.window.kind != NODE_WINDOW_LAST && r->corpus->held.count > 0) {
         node_eval_result scored;
-        st =
-            node_eval_settle_vote(&r->session.engine, r->session.model, r->adapter,
-                                  &r->corpus->held, fl_pool_threads(r->session.pool), &scored, err);
+        st = node_eval_settle_vote(&r->session.engine, r->session.model, r->adapter,
+                                   &r->corpus->held, r->plan.vote_window,
+                                   fl_pool_threads(r->session.pool), &scored, err);
         if (st != FL_OK) return st;
     }
     st = node_adapter_save(r->adapter, o->out, err);
     if (st != FL_OK) return st;
-    const double rate = (double)tokens / (fl_clock_s() - start);
+    const double rate = (double)tokens / seconds;
     s.tokens = tokens;
     if (o->json) return print_step(r, &s, rate, true, err);
     printf("%llu steps, %llu tokens, %.0f tokens/s, last loss %.3f, peak %.1f MB (planned %.1f)\n"
            "adapter written to %s\n",
            (unsigned long long)s.step, (unsigned long long)tokens, rate, loss,
            (double)node_rss_peak() / 1e6, (double)r->plan.peak_bytes / 1e6, o->out);
+    node_setup_print_streamed(&r->session, seconds, stdout);
     return FL_OK;
 }
 
@@ -235,13 +263,15 @@ static int run_tune(const void *options) {
     fl_err err;
     fl_status st = tuner == NULL ? FL_FAIL(&err, FL_ENOMEM, "no memory to tune") : FL_OK;
     if (st == FL_OK) st = open_run(&r, o, &err);
+    if (st == FL_OK) st = node_setup_place_weights(&r.session, &r.plan.resident, &err);
     if (st == FL_OK) st = node_block_take(r.plan.arena_bytes, &block, &err);
+    if (st == FL_OK && !o->json) print_gave_up(&r.plan);
     if (st == FL_OK) {
         fl_arena arena;
         fl_arena_init(&arena, block, r.plan.arena_bytes);
         node_tuner_bind(tuner, &r.session.engine, r.session.model, r.adapter, &r.corpus->train,
                         &r.plan.opts, &arena);
-        st = run_steps(&r, o, tuner, &err);
+        st = run_steps(&r, o, tuner, &block, &err);
     }
     free(block);
     free(tuner);

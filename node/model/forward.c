@@ -4,6 +4,7 @@
 
 #include "kernels/rope.h"
 #include "kernels/vec.h"
+#include "node/model/resident.h"
 #include "node/model/scratch.h"
 
 typedef struct widths {
@@ -31,11 +32,16 @@ static float *rows_of(fl_arena *arena, size_t tokens, size_t width) {
     return fl_arena_alloc(arena, count, sizeof(float), 64);
 }
 
-void node_acts_bind(node_acts *acts, const node_model *model, uint32_t tokens, uint32_t kv_rows,
-                    uint32_t rank, fl_arena *arena) {
-    const widths w = widths_of(model);
-    *acts = (node_acts){0};
+void node_acts_bind_passing(node_acts *acts, const node_model *model, uint32_t tokens,
+                            fl_arena *arena) {
     acts->norm1 = rows_of(arena, tokens, model->hidden);
+    acts->norm2 = rows_of(arena, tokens, model->hidden);
+    acts->act = rows_of(arena, tokens, widths_of(model).ffn);
+}
+
+void node_acts_bind_lasting(node_acts *acts, const node_model *model, uint32_t tokens,
+                            uint32_t kv_rows, uint32_t rank, fl_arena *arena) {
+    const widths w = widths_of(model);
     acts->q = rows_of(arena, tokens, w.q);
     if (kv_rows != 0) {
         acts->k = rows_of(arena, kv_rows, w.kv);
@@ -44,12 +50,17 @@ void node_acts_bind(node_acts *acts, const node_model *model, uint32_t tokens, u
     acts->attn = rows_of(arena, tokens, w.q);
     acts->lse = rows_of(arena, tokens, model->heads);
     acts->mid = rows_of(arena, tokens, model->hidden);
-    acts->norm2 = rows_of(arena, tokens, model->hidden);
     acts->gate = rows_of(arena, tokens, w.ffn);
     acts->up = rows_of(arena, tokens, w.ffn);
-    acts->act = rows_of(arena, tokens, w.ffn);
     for (uint32_t i = 0; rank != 0 && i < NODE_MODULES; i++)
         acts->low[i] = rows_of(arena, tokens, rank);
+}
+
+void node_acts_bind(node_acts *acts, const node_model *model, uint32_t tokens, uint32_t kv_rows,
+                    uint32_t rank, fl_arena *arena) {
+    *acts = (node_acts){0};
+    node_acts_bind_lasting(acts, model, tokens, kv_rows, rank, arena);
+    node_acts_bind_passing(acts, model, tokens, arena);
 }
 
 node_scratch *node_scratch_bind(const node_model *model, uint32_t tokens, uint32_t threads,
@@ -87,8 +98,8 @@ static void embed_rows(void *ctx, size_t begin, size_t end, unsigned worker) {
     const embed_run *r = ctx;
     (void)worker;
     for (size_t t = begin; t < end; t++)
-        node_matrix_row(&r->model->embedding, (uint32_t)r->batch->id[t],
-                        r->x + t * r->model->hidden);
+        node_resident_row(r->model, &r->model->embedding, (uint32_t)r->batch->id[t],
+                          r->x + t * r->model->hidden);
 }
 
 void node_embed(const node_engine *engine, const node_model *model, const node_batch *batch,
@@ -359,6 +370,7 @@ void node_layer_forward(const node_engine *engine, const node_model *model, uint
     if (batch->tokens == 0) return;
     const node_layer *l = &model->layer[layer];
     const uint32_t kv = l->kv_heads * model->head_size, q = l->heads * model->head_size;
+    node_resident_layer(model, layer);
     layer_run r = {.kern = engine->kern,
                    .model = model,
                    .layer = l,

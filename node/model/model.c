@@ -12,6 +12,7 @@
 #include "kernels/rope.h"
 #include "kernels/vec.h"
 #include "node/model/container.h"
+#include "node/model/resident.h"
 
 enum { NAME_SIZE = NODE_GGUF_NAME_MAX + 1, KEY_SIZE = 96, I8 = 24 };
 
@@ -345,6 +346,7 @@ fl_status node_model_open_bytes(fl_bytes bytes, node_model **ret, fl_err *err) {
 
 void node_model_close(node_model *m) {
     if (m == NULL) return;
+    node_resident_close(m);
     node_gguf_close(m->file);
     free(m);
 }

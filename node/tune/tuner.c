@@ -6,6 +6,7 @@
 #include "common/rng.h"
 #include "kernels/adamw.h"
 #include "kernels/vec.h"
+#include "node/model/resident.h"
 
 static uint32_t widest_span(const node_model *model, uint32_t rank) {
     uint32_t most = 0;
@@ -22,6 +23,33 @@ static uint32_t slots_of(const node_model *model, const node_window_opts *w, uin
     return node_window_is_fixed(w) || w->kind == NODE_WINDOW_ORDERED ? window : model->layers;
 }
 
+// Buffers of phases that never overlap, on the same bytes: what passes through a layer's forward
+// run, the loss, a layer's backward run. Then the activations that outlive their phase.
+static void bind_phases(node_tuner *t, const node_model *model, uint32_t n, uint32_t rank,
+                        uint32_t chunk, fl_arena *arena) {
+    const size_t mark = arena->used;
+    node_acts passing = {0};
+    node_acts_bind_passing(&passing, model, n, arena);
+    size_t end = arena->used;
+    fl_arena_rewind(arena, mark);
+    node_head_bind(&t->head, model, n, 1, chunk, arena);
+    t->dnorm = fl_arena_alloc(arena, (size_t)n * model->hidden, sizeof(float), 64);
+    if (arena->used > end) end = arena->used;
+    fl_arena_rewind(arena, mark);
+    node_back_bind(&t->back, model, n, rank, arena);
+    if (arena->used > end) end = arena->used;
+    fl_arena_rewind(arena, mark);
+    (void)fl_arena_alloc(arena, end - mark, 1, 1);
+    t->acts = passing;
+    if (t->opts.kept < t->window) node_acts_bind_lasting(&t->acts, model, n, n, rank, arena);
+    t->kept = FL_ARENA_NEW(arena, node_acts, t->opts.kept);
+    for (uint32_t i = 0; i < t->opts.kept; i++) {
+        node_acts unused = passing, *acts = t->kept == NULL ? &unused : &t->kept[i];
+        *acts = passing;
+        node_acts_bind_lasting(acts, model, n, n, rank, arena);
+    }
+}
+
 void node_tuner_bind(node_tuner *t, const node_engine *engine, const node_model *model,
                      node_adapter *adapter, const node_docs *docs, const node_tune_opts *planned,
                      fl_arena *arena) {
@@ -35,14 +63,7 @@ void node_tuner_bind(node_tuner *t, const node_engine *engine, const node_model 
     node_packer_bind(&t->packer, docs, n, true, planned->seed, arena);
     node_micro_bind(&t->micro, n, arena);
     t->scratch = node_scratch_bind(model, n, planned->threads, arena);
-    node_head_bind(&t->head, model, n, 1, planned->chunk, arena);
-    node_back_bind(&t->back, model, n, rank, arena);
-    if (planned->kept < t->window) node_acts_bind(&t->acts, model, n, n, rank, arena);
-    t->kept = FL_ARENA_NEW(arena, node_acts, planned->kept);
-    for (uint32_t i = 0; i < planned->kept; i++) {
-        node_acts unused;
-        node_acts_bind(t->kept == NULL ? &unused : &t->kept[i], model, n, n, rank, arena);
-    }
+    bind_phases(t, model, n, rank, planned->chunk, arena);
     t->x = fl_arena_alloc(arena, n * row, sizeof(float), 64);
     t->dx = fl_arena_alloc(arena, n * row, sizeof(float), 64);
     t->inputs = fl_arena_alloc(arena, n * row * t->window, sizeof(float), 64);
@@ -85,6 +106,8 @@ static void forward(node_tuner *t, const node_batch *batch, node_window w) {
 static double micro_step(node_tuner *t, node_window w, float weight, uint64_t draw) {
     const size_t row = t->model->hidden, size = t->opts.sequence * row;
     const node_batch batch = node_micro_batch(&t->micro);
+    const node_resident_pass pass = {.last = w.last, .heads = 1, .low = w.first, .back = true};
+    node_resident_begin(t->model, &pass);
     forward(t, &batch, w);
     const node_loss_job loss = {.model = t->model,
                                 .gain = t->adapter->lora.exit_gain[w.exit],
@@ -94,7 +117,7 @@ static double micro_step(node_tuner *t, node_window w, float weight, uint64_t dr
                                 .least = NODE_LOSS_LEAST,
                                 .draw = draw,
                                 .weight = weight,
-                                .dnorm = t->back.dnorm,
+                                .dnorm = t->dnorm,
                                 .dx = t->dx,
                                 .dgain = t->grad + (size_t)t->window * t->span};
     const double nll = node_loss_step(t->engine, &t->head, &loss, t->scratch);

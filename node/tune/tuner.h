@@ -18,6 +18,7 @@
 #ifndef NODE_TUNE_TUNER_H
 #define NODE_TUNE_TUNER_H
 
+#include "node/model/resident.h"
 #include "node/tune/adapter.h"
 #include "node/tune/backward.h"
 #include "node/tune/data.h"
@@ -48,6 +49,7 @@ typedef struct node_tune_opts {
     uint64_t memory_bytes;   // the whole process may have resident; 0: no limit
     uint64_t resident_bytes; // what it has already, weights not counted; 0: NODE_TUNE_RESIDENT,
                              // the adapter and the tokens
+    bool stream; // may weights pass through memory? The caller then opens plan->resident
 } node_tune_opts;
 
 // The measured recipe (SmolLM2-135M, three domains, 12,000 tokens each): last window at the last
@@ -56,13 +58,21 @@ typedef struct node_tune_opts {
 // made the last exit worse. Everything that a plan can choose is left to it.
 node_tune_opts node_tune_defaults(void);
 
+enum { NODE_TUNE_GAVE_UP_MAX = 6, NODE_TUNE_GAVE_UP_SIZE = 120 };
+
 typedef struct node_tune_plan {
     node_tune_opts opts;     // every choice made
     uint32_t window;         // layers of the widest window
     uint64_t arena_bytes;    // exactly what bind takes
     uint64_t weight_bytes;   // of the mapped model, touched by steps
     uint64_t resident_bytes; // of the process besides
-    uint64_t peak_bytes;     // the sum: the process's resident set at its highest
+    uint64_t peak_bytes;     // the process's resident set at its highest
+    node_resident_plan resident;
+    uint32_t vote_window; // tokens of a window when the vote is settled at the end, with the arena
+    uint64_t vote_bytes;  // given back; 0: it is not settled
+    // What the memory limit cost, a phrase each ("a window of 3 layers instead of 7").
+    uint32_t gave_up_count;
+    char gave_up[NODE_TUNE_GAVE_UP_MAX][NODE_TUNE_GAVE_UP_SIZE];
 } node_tune_plan;
 
 // FL_EARG for options out of range (a window larger than the model, an exit that does not exist),
@@ -88,6 +98,7 @@ typedef struct node_tuner {
     node_acts acts;               // of layers that are recomputed
     node_acts *kept;              // [opts.kept]
     float *x, *dx;                // [sequence][hidden]
+    float *dnorm;                 // [sequence][hidden] of the loss
     float *inputs;                // [window][sequence][hidden]
     float *grad;                  // [window] spans of a layer, then one gain
     float *m, *v;                 // moments: [slots] spans, then [exits] gains
