@@ -419,6 +419,42 @@ static void test_training_has_the_same_bits(void) {
     }
 }
 
+// As the tasks of a fleet are: each in its own order, all of the same micro-batches.
+static void test_a_later_run_finds_what_an_earlier_left(void) {
+    uint8_t *ends[2];
+    size_t size = 0;
+    for (int with = 0; with < 2; with++) {
+        t_seed = 77;
+        rig *r = rig_open(&tiny_default);
+        node_tune_opts o = small_opts();
+        node_tune_report report;
+        node_prefix prefix = {0};
+        void *block = NULL;
+        o.text_seed = 9;
+        for (o.seed = 1; o.seed <= 3; o.seed++) {
+            rig_bind(r, &o);
+            const uint32_t batches = r->plan.batches;
+            if (with && block == NULL) {
+                fl_arena arena;
+                block = aligned_alloc(64, (r->plan.prefix_bytes + 63) / 64 * 64);
+                T_NEED(block != NULL, "memory");
+                fl_arena_init(&arena, block, r->plan.prefix_bytes);
+                node_prefix_bind(&prefix, &r->plan.prefix, NULL, &arena);
+            }
+            if (with) node_tuner_use_prefix(&r->tuner, &prefix);
+            for (uint32_t i = 0; i < batches; i++) node_tuner_step(&r->tuner, &report);
+            if (with) T_EQ(prefix.hits, (o.seed - 1) * batches);
+            if (with) T_EQ(prefix.misses, batches);
+        }
+        ends[with] = bytes_of(r->adapter, &size);
+        free(block);
+        rig_close(r);
+    }
+    T_CHECK(memcmp(ends[0], ends[1], size) == 0, "the same bits");
+    free(ends[0]);
+    free(ends[1]);
+}
+
 static void test_every_schedule_has_the_same_bits(void) {
     const kind none = {.none = true}, all = {.places = 1000};
     for (int w = NODE_WINDOW_LAST; w <= NODE_WINDOW_FIXED; w++) {
@@ -444,4 +480,5 @@ T_MAIN({"rows_survive", test_rows_survive},
        {"a_change_drops_everything", test_a_change_drops_everything},
        {"the_bound_is_sharp", test_the_bound_is_sharp},
        {"training_has_the_same_bits", test_training_has_the_same_bits},
+       {"a_later_run_finds_what_an_earlier_left", test_a_later_run_finds_what_an_earlier_left},
        {"every_schedule_has_the_same_bits", test_every_schedule_has_the_same_bits})
