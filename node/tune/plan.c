@@ -18,7 +18,9 @@ node_tune_opts node_tune_defaults(void) {
                             .epsilon = 1e-8f,
                             .clip = 1.0f,
                             .warmup = 5,
-                            .seed = 1};
+                            .seed = 1,
+                            .text_seed = 1,
+                            .prefix_bytes = NODE_TUNE_PREFIX};
 }
 
 static bool is_rate(float v, float max) {
@@ -98,6 +100,25 @@ static bool measure(const node_model *model, uint32_t rank, const node_docs *doc
     return ret->peak_bytes <= limit;
 }
 
+// A prefix cache in what the plan leaves of the limit, if states come again in this run at all.
+// Less than was asked for is a slower run, not a failure.
+static void add_prefix(const node_model *model, node_tune_plan *p) {
+    const node_tune_opts *o = &p->opts;
+    const uint64_t left = o->memory_bytes == 0 ? UINT64_MAX : o->memory_bytes - p->peak_bytes;
+    node_prefix_shape s = {.batches = p->batches,
+                           .entry_size = node_prefix_entry_size(o->sequence, model->hidden)};
+    const uint64_t held = node_window_held(model, &o->window);
+    if (held == 0 || (held != UINT64_MAX && held * o->micro <= s.batches)) return;
+    const uint64_t on_disk = o->prefix_disk / (s.entry_size + NODE_PREFIX_ROOM);
+    s.store_places = on_disk < s.batches ? (uint32_t)on_disk : s.batches;
+    node_prefix_fit(&s, o->prefix_bytes < left ? o->prefix_bytes : left);
+    const uint64_t size = node_prefix_size(&s);
+    if (s.places + s.store_places == 0 || size > left) return;
+    p->prefix = s;
+    p->prefix_bytes = size;
+    p->peak_bytes += size;
+}
+
 // Candidates from the fastest to the smallest. Later ones take strictly less.
 typedef struct candidate {
     uint32_t sequence, chunk;
@@ -119,8 +140,8 @@ static const candidate candidates[] = {
     {16, 64, 64, false},
 };
 
-static void apply(const node_model *model, const node_tune_opts *asked, const candidate *c,
-                  node_tune_opts *opts) {
+static void apply(const node_model *model, const node_docs *docs, const node_tune_opts *asked,
+                  const candidate *c, node_tune_opts *opts) {
     *opts = *asked;
     if (opts->micro == 0) opts->micro = 1;
     if (opts->sequence == 0) opts->sequence = c->sequence;
@@ -132,6 +153,8 @@ static void apply(const node_model *model, const node_tune_opts *asked, const ca
     const uint32_t layers = node_window_layers(model, &opts->window);
     if (opts->kept == NODE_TUNE_KEEP_AUTO) opts->kept = c->keep ? layers : 0;
     if (opts->kept > layers) opts->kept = layers;
+    opts->window.epoch_steps =
+        (node_batches_count(docs, opts->sequence) + opts->micro - 1) / opts->micro;
 }
 
 // Whole weights first: what is computed twice costs less than what is read again. Where they do
@@ -142,7 +165,7 @@ static bool search(const node_model *model, uint32_t rank, const node_docs *docs
         for (size_t i = 0; i < FL_COUNT(candidates); i++) {
             node_tune_opts opts;
             if (stream == 1 && candidates[i].keep) continue;
-            apply(model, asked, &candidates[i], &opts);
+            apply(model, docs, asked, &candidates[i], &opts);
             opts.stream = stream == 1;
             if (measure(model, rank, docs, &opts, ret)) return true;
         }
@@ -206,6 +229,8 @@ fl_status node_tune_make_plan(const node_model *model, uint32_t rank, const node
         return refuse(model, rank, docs, asked, &plan, err);
     FL_ASSERT(search(model, rank, docs, &free, &best));
     compare(model, &best, &plan);
+    plan.batches = node_batches_count(docs, plan.opts.sequence);
+    add_prefix(model, &plan);
     *ret = plan;
     return FL_OK;
 }
