@@ -309,7 +309,10 @@ static fl_status read_model(node_model *m, fl_err *err) {
     if (!m->tied) FL_TRY(get_matrix(m, "output.weight", m->vocabulary, m->hidden, &m->head, err));
     FL_TRY(get_vector(m, "output_norm.weight", m->hidden, false, &m->final_norm, err));
     FL_TRY(read_rope(m, err));
-    for (uint32_t i = 0; i < m->layers; i++) FL_TRY(read_layer(m, i, err));
+    for (uint32_t i = 0; i < m->layers; i++) {
+        FL_TRY(read_layer(m, i, err));
+        node_resident_drop(m); // its norms may have mapped all that lies around them
+    }
     m->bytes = node_gguf_bytes(m->file).size;
     node_model_set_exits(m, m->layers < NODE_EXITS ? m->layers : NODE_EXITS);
     return FL_OK;

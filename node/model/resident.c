@@ -244,7 +244,7 @@ static void load(const layout *l, const part *p, const bool *stop) {
 }
 
 void node_resident_drop(const node_model *model) {
-    if (node_gguf_fd(model->file) < 0) return;
+    if (model->file == NULL || node_gguf_fd(model->file) < 0) return;
     const fl_bytes all = node_gguf_bytes(model->file);
     (void)madvise((void *)(uintptr_t)all.data, all.size, MADV_DONTNEED);
 }
