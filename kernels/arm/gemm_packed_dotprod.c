@@ -9,17 +9,21 @@ enum {
 };
 #define WIDE(bits) WIDE_MAX
 
+// Written out, so that it stays where it is: gcc 12 copies the sum that its intrinsic adds to,
+// loads all codes first, and then has too few registers.
+#define DOT_4(lane)                                                                                \
+    __asm__ volatile("sdot %0.4s, %1.16b, %2.4b[" #lane "]" : "+w"(sum) : "w"(codes), "w"(x));     \
+    return sum
 FL_INLINE int32x4_t dot_4(int32x4_t sum, uint8x16_t codes, int8x16_t x, int lane) {
-    const int8x16_t w = vreinterpretq_s8_u8(codes);
     switch (lane) {
     case 0:
-        return vdotq_laneq_s32(sum, w, x, 0);
+        DOT_4(0);
     case 1:
-        return vdotq_laneq_s32(sum, w, x, 1);
+        DOT_4(1);
     case 2:
-        return vdotq_laneq_s32(sum, w, x, 2);
+        DOT_4(2);
     default:
-        return vdotq_laneq_s32(sum, w, x, 3);
+        DOT_4(3);
     }
 }
 
@@ -62,6 +66,7 @@ FL_INLINE void dots(const uint8_t *codes, int bits, const int8_t *x, size_t stri
 #pragma GCC unroll 4
         for (int s = 0; s < 4; s++) {
             uint8x16_t w[4];
+            FL_STAY();
 #pragma GCC unroll 4
             for (int i = 0; i < 4; i++) w[i] = vld1q_u8(codes + 16 * k + 64 * s + 16 * i);
 #pragma GCC unroll 16

@@ -9,17 +9,28 @@ enum {
 };
 #define WIDE(bits) WIDE_MAX
 
+// Written out, so that it stays where it is: gcc 12 copies the sum that its intrinsics add to,
+// loads all codes first, and then has too few registers.
+#define DOT_4(lane)                                                                                \
+    __asm__ volatile("usdot %0.4s, %1.16b, %2.4b[" #lane "]" : "+w"(sum) : "w"(codes), "w"(x));    \
+    return sum
 FL_INLINE int32x4_t dot_4(int32x4_t sum, uint8x16_t codes, int8x16_t x, int lane) {
     switch (lane) {
     case 0:
-        return vusdotq_laneq_s32(sum, codes, x, 0);
+        DOT_4(0);
     case 1:
-        return vusdotq_laneq_s32(sum, codes, x, 1);
+        DOT_4(1);
     case 2:
-        return vusdotq_laneq_s32(sum, codes, x, 2);
+        DOT_4(2);
     default:
-        return vusdotq_laneq_s32(sum, codes, x, 3);
+        DOT_4(3);
     }
+}
+
+// sum[2 r + t] += eight codes of row r times eight columns of token t.
+FL_INLINE int32x4_t dot_2_by_2(int32x4_t sum, uint8x16_t codes, int8x16_t x) {
+    __asm__ volatile("usmmla %0.4s, %1.16b, %2.16b" : "+w"(sum) : "w"(codes), "w"(x));
+    return sum;
 }
 
 #include "kernels/arm/one_token_neon.h"
@@ -69,6 +80,7 @@ FL_INLINE void dots(const uint8_t *codes, int bits, const int8_t *x, size_t stri
         for (int half = 0; half < 2; half++) {
             const uint8_t *at = codes + 16 * (k + 8 * half);
             int8x16_t xx[WIDE_MAX / 2];
+            FL_STAY();
 #pragma GCC unroll 2
             for (int p = 0; p < pairs; p++)
                 xx[p] = two_tokens(v[2 * p], v[tokens == 1 ? 0 : 2 * p + 1], half);
@@ -77,7 +89,7 @@ FL_INLINE void dots(const uint8_t *codes, int bits, const int8_t *x, size_t stri
                 const uint8x16_t w = vld1q_u8(at + 16 * r);
 #pragma GCC unroll 2
                 for (int p = 0; p < pairs; p++)
-                    sum[8 * p + r] = vusmmlaq_s32(sum[8 * p + r], w, xx[p]);
+                    sum[8 * p + r] = dot_2_by_2(sum[8 * p + r], w, xx[p]);
             }
         }
     }

@@ -5,6 +5,8 @@
 #include "kernels/arm/unpack_neon.h"
 #include "kernels/gemm_packed.h"
 
+#include <string.h>
+
 enum {
     STEPS = 16, // of 16 rows by 4 columns in a tile
     WIDE_MAX = 3,
@@ -43,8 +45,18 @@ FL_INLINE int32x4_t offset(int bits, const int8_t *x) {
 }
 
 // Four bytes of a token, over and over.
-FL_INLINE int8x16_t four(const int8_t *x) {
-    return vreinterpretq_s8_s32(vld1q_dup_s32((const int32_t *)(const void *)x));
+FL_INLINE int8x16_t four(int8x16_t x, int lane) {
+    const int32x4_t v = vreinterpretq_s32_s8(x);
+    switch (lane) {
+    case 0:
+        return vreinterpretq_s8_s32(vdupq_laneq_s32(v, 0));
+    case 1:
+        return vreinterpretq_s8_s32(vdupq_laneq_s32(v, 1));
+    case 2:
+        return vreinterpretq_s8_s32(vdupq_laneq_s32(v, 2));
+    default:
+        return vreinterpretq_s8_s32(vdupq_laneq_s32(v, 3));
+    }
 }
 
 // Sums of rows 4 i, 4 i + 1 and of rows 4 i + 2, 4 i + 3, four columns each.
@@ -52,14 +64,16 @@ typedef struct half_sums {
     int16x8_t low, high;
 } half_sums;
 
-FL_INLINE void step(half_sums *a, bool first, int8x16_t codes, int8x16_t x) {
-    if (first) {
-        a->low = vmull_s8(vget_low_s8(codes), vget_low_s8(x));
-        a->high = vmull_high_s8(codes, x);
-    } else {
-        a->low = vmlal_s8(a->low, vget_low_s8(codes), vget_low_s8(x));
-        a->high = vmlal_high_s8(a->high, codes, x);
-    }
+FL_INLINE void first_step(half_sums *a, int8x16_t codes, int8x16_t x) {
+    a->low = vmull_s8(vget_low_s8(codes), vget_low_s8(x));
+    a->high = vmull_high_s8(codes, x);
+}
+
+// Written out, so that it stays where it is: gcc 12 loads all codes first, and then has too few
+// registers.
+FL_INLINE void step(half_sums *a, int8x16_t codes, int8x16_t x) {
+    __asm__ volatile("smlal %0.8h, %1.8b, %2.8b" : "+w"(a->low) : "w"(codes), "w"(x));
+    __asm__ volatile("smlal2 %0.8h, %1.16b, %2.16b" : "+w"(a->high) : "w"(codes), "w"(x));
 }
 
 FL_INLINE int32x4_t all_columns(int32x4_t low, int32x4_t high) {
@@ -73,17 +87,21 @@ FL_INLINE void dots_16(const uint8_t *codes, const int8_t *x, size_t stride, int
 #pragma GCC unroll 12
     for (int i = 0; i < 4 * tokens; i++) a[i].low = a[i].high = vdupq_n_s16(0);
 #pragma GCC unroll 1
-    for (int s = 0; s < STEPS; s += 2) {
-#pragma GCC unroll 2
-        for (int n = s; n < s + 2; n++) {
-            int8x16_t v[WIDE_MAX];
+    for (int k = 0; k < FL_X8_GROUP; k += 16) { // four steps of four columns
+        int8x16_t v[WIDE_MAX];
 #pragma GCC unroll 3
-            for (int t = 0; t < tokens; t++) v[t] = four(x + (size_t)t * stride + 4 * n);
+        for (int t = 0; t < tokens; t++) v[t] = vld1q_s8(x + (size_t)t * stride + k);
+#pragma GCC unroll 4
+        for (int s = 0; s < 4; s++) {
+            int8x16_t f[WIDE_MAX];
+            FL_STAY();
+#pragma GCC unroll 3
+            for (int t = 0; t < tokens; t++) f[t] = four(v[t], s);
 #pragma GCC unroll 4
             for (int i = 0; i < 4; i++) {
-                const int8x16_t w = vld1q_s8((const int8_t *)codes + 64 * n + 16 * i);
+                const int8x16_t w = vld1q_s8((const int8_t *)codes + 16 * k + 64 * s + 16 * i);
 #pragma GCC unroll 3
-                for (int t = 0; t < tokens; t++) step(&a[4 * t + i], false, w, v[t]);
+                for (int t = 0; t < tokens; t++) step(&a[4 * t + i], w, f[t]);
             }
         }
     }
@@ -106,17 +124,27 @@ FL_INLINE void dots_few(const uint8_t *codes, int bits, const int8_t *x, size_t 
 #pragma GCC unroll 1
     for (int s = 0; s < STEPS; s += many) {
         int8x16_t v[4 * WIDE_MAX];
-#pragma GCC unroll 8
-        for (int i = 0; i < many * tokens; i++)
-            v[i] = four(x + (size_t)(i / many) * stride + 4 * (s + i % many));
+#pragma GCC unroll 2
+        for (int t = 0; t < tokens; t++) {
+            int8_t bytes[16] = {0};
+            memcpy(bytes, x + (size_t)t * stride + 4 * s, 4 * (size_t)many);
+#pragma GCC unroll 4
+            for (int n = 0; n < many; n++) v[many * t + n] = four(vld1q_s8(bytes), n);
+        }
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++) {
             half_sums a[WIDE_MAX];
+            FL_STAY();
 #pragma GCC unroll 4
             for (int n = 0; n < many; n++) {
                 const int8x16_t w = vld1q_s8((const int8_t *)codes + 64 * (s + n) + 16 * i);
 #pragma GCC unroll 2
-                for (int t = 0; t < tokens; t++) step(&a[t], n == 0, w, v[many * t + n]);
+                for (int t = 0; t < tokens; t++) {
+                    if (n == 0)
+                        first_step(&a[t], w, v[many * t]);
+                    else
+                        step(&a[t], w, v[many * t + n]);
+                }
             }
 #pragma GCC unroll 2
             for (int t = 0; t < tokens; t++) {
@@ -138,25 +166,42 @@ FL_INLINE void dots(const uint8_t *codes, int bits, const int8_t *x, size_t stri
         dots_few(codes, bits, x, stride, tokens, dot);
 }
 
+// The even steps and then the odd ones, straight from the planes: eight sums of 16 bits or as many
+// of 32 stay in registers, beside the token's eight times four columns.
 FL_INLINE void dots_one(const uint8_t *data, int bits, const int8_t *x, int32x4_t *dot) {
     const int many = steps_of(bits);
-    const int32x4_t begin = offset(bits, x);
-    int8x16_t v[STEPS];
-#pragma GCC unroll 16
-    for (int s = 0; s < STEPS; s++) v[s] = four(x + 4 * s);
+    int32x4_t sum[8];
+    half_sums a[4];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) sum[i] = offset(bits, x);
+#pragma GCC unroll 2
+    for (int odd = 0; odd < 2; odd++) {
+        int8x16_t v[8];
+        FL_STAY();
+#pragma GCC unroll 8
+        for (int n = 0; n < 8; n++) v[n] = four(vld1q_s8(x + n / 2 * 16), n % 2 * 2 + odd);
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-        half_sums a;
-        int32x4_t low = begin, high = begin;
-#pragma GCC unroll 16
-        for (int j = 0; j < STEPS; j++) {
-            const int b = i + j / 8 * 4, n = j % 8;
-            step(&a, j % many == 0, signed_codes(data, bits, b, n), v[b / 4 + 2 * n]);
-            if (j % many != many - 1) continue;
-            low = vpadalq_s16(low, a.low), high = vpadalq_s16(high, a.high);
+        for (int i = 0; i < 4; i++) {
+            FL_STAY();
+#pragma GCC unroll 8
+            for (int j = 0; j < 8; j++) {
+                const int n =
+                    bits < 4 ? j % 4 * 2 + j / 4 : j / 2 + j % 2 * 4; // as they lie in bytes
+                const int8x16_t w = signed_codes(data + 64 * odd, bits, i, n);
+                if (many < 16 ? j % many == 0 : odd == 0 && j == 0)
+                    first_step(&a[i], w, v[n]);
+                else
+                    step(&a[i], w, v[n]);
+                if (many == 16 || j % many != many - 1) continue;
+                sum[2 * i] = vpadalq_s16(sum[2 * i], a[i].low);
+                sum[2 * i + 1] = vpadalq_s16(sum[2 * i + 1], a[i].high);
+            }
         }
-        dot[i] = all_columns(low, high);
     }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++)
+        dot[i] = many == 16 ? all_columns(vpaddlq_s16(a[i].low), vpaddlq_s16(a[i].high))
+                            : all_columns(sum[2 * i], sum[2 * i + 1]);
 }
 
 #include "kernels/arm/panel_neon.h"

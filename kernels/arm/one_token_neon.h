@@ -24,13 +24,14 @@ FL_INLINE void block_2(low_sums *a, uint8x16_t v, const int8x16_t *x, int b, int
     a->by_1 = step(a->by_1, v >> 6, x, b, n + 6);
 }
 
-FL_INLINE void block_3(low_sums *a, uint8x16_t v, uint8x16_t third, const int8x16_t *x, int b, int n) {
+FL_INLINE void block_3(low_sums *a, uint8x16_t v, uint8x16_t third, const int8x16_t *x, int b,
+                       int n) {
     const uint8x16_t at = third << (uint8_t)(2 - n); // of code n + 2 i at bit 2 i + 2
-    const uint8x16_t ends = vbslq_u8(vdupq_n_u8(0x44), at, v);
-    const uint8x16_t middle = vbslq_u8(vdupq_n_u8(0x10), at, v);
+    const uint8x16_t middle = vbslq_u8(vdupq_n_u8(0x10), at, vandq_u8(v, vdupq_n_u8(0x0c)));
     const uint8x16_t last = vbslq_u8(vdupq_n_u8(0x04), third >> (uint8_t)(4 + n), v >> 6);
+    const uint8x16_t ends = vbslq_u8(vdupq_n_u8(0x44), at, v);
     a->by_1 = step(a->by_1, vandq_u8(ends, vdupq_n_u8(0x07)), x, b, n);
-    a->by_4 = step(a->by_4, vandq_u8(middle, vdupq_n_u8(0x1c)), x, b, n + 2);
+    a->by_4 = step(a->by_4, middle, x, b, n + 2);
     a->by_16 = step(a->by_16, vandq_u8(ends, vdupq_n_u8(0x70)), x, b, n + 4);
     a->by_1 = step(a->by_1, last, x, b, n + 6);
 }
@@ -59,6 +60,7 @@ FL_INLINE void dots_planes(const uint8_t *data, int bits, const int8_t *codes, i
     for (int i = 0; i < 4; i++) x[i] = vld1q_s8(codes + 16 * i);
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
+        FL_STAY();
         if (bits <= 3) {
             dot[i] = rows_low(data, bits, x, i);
             continue;
@@ -67,7 +69,8 @@ FL_INLINE void dots_planes(const uint8_t *data, int bits, const int8_t *codes, i
 #pragma GCC unroll 2
         for (int b = i; b < 8; b += 4) {
 #pragma GCC unroll 8
-            for (int n = 0; n < 8; n++) {
+            for (int j = 0; j < 8; j++) {
+                const int n = j / 2 + j % 2 * 4; // both nibbles of a byte in turn
                 const uint8x16_t c = fl_codes_neon(data, bits, b, n);
                 sum = step(sum, flip != 0 ? veorq_u8(c, vdupq_n_u8(flip)) : c, x, b, n);
             }

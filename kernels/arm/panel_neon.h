@@ -15,23 +15,14 @@
 
 enum { BLOCK = 64 }; // tokens for which a tile is unpacked once
 
-// Scales and minima of a tile as floats.
-typedef struct head {
-    float32x4_t scale[4], minimum[4];
-} head;
-
-FL_INLINE head head_of(const uint8_t *tile) {
-    head h;
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; i++) {
-        const float16x8_t s = vreinterpretq_f16_u8(vld1q_u8(tile + 16 * i));
-        const float16x8_t m = vreinterpretq_f16_u8(vld1q_u8(tile + 32 + 16 * i));
-        h.scale[2 * i] = vcvt_f32_f16(vget_low_f16(s));
-        h.scale[2 * i + 1] = vcvt_high_f32_f16(s);
-        h.minimum[2 * i] = vcvt_f32_f16(vget_low_f16(m));
-        h.minimum[2 * i + 1] = vcvt_high_f32_f16(m);
+// Scales and minima of a tile as floats: ret[0 .. 15], ret[16 .. 31].
+FL_INLINE void head_of(const uint8_t *tile, float *ret) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        const float16x8_t v = vreinterpretq_f16_u8(vld1q_u8(tile + 16 * i));
+        vst1q_f32(ret + 8 * i, vcvt_f32_f16(vget_low_f16(v)));
+        vst1q_f32(ret + 8 * i + 4, vcvt_high_f32_f16(v));
     }
-    return h;
 }
 
 // What a group adds to four rows of a token, in the order that the contract fixes. No fused
@@ -43,20 +34,25 @@ FL_INLINE float32x4_t add_group(float32x4_t y, int32x4_t dot, float32x4_t scale,
 }
 
 // Group g of `tokens` tokens from t, added to y[tokens][16].
-FL_INLINE void add_tokens(const uint8_t *codes, int bits, const head *h, const fl_x8 *x, size_t t,
-                          size_t g, int tokens, float *y) {
+FL_INLINE void add_tokens(const uint8_t *codes, int bits, const float *head, const fl_x8 *x,
+                          size_t t, size_t g, int tokens, float *y) {
     int32x4_t dot[4 * WIDE_MAX];
     const size_t groups = x->groups, at = t * groups + g;
     const float *scales = x->scales + at, *sums = x->sums + at;
     dots(codes, bits, x->codes + at * FL_X8_GROUP, groups * FL_X8_GROUP, tokens, dot);
+    FL_STAY();
+    float32x4_t scale[4], minimum[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++)
+        scale[i] = vld1q_f32(head + 4 * i), minimum[i] = vld1q_f32(head + 16 + 4 * i);
 #pragma GCC unroll 8
     for (int n = 0; n < tokens; n++) {
         const float x_scale = scales[(size_t)n * groups], x_sum = sums[(size_t)n * groups];
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++) {
             float *out = y + n * FL_PACKED_ROWS + 4 * i;
-            vst1q_f32(out, add_group(vld1q_f32(out), dot[4 * n + i], h->scale[i], h->minimum[i],
-                                     x_scale, x_sum));
+            vst1q_f32(out, add_group(vld1q_f32(out), dot[4 * n + i], scale[i], minimum[i], x_scale,
+                                     x_sum));
         }
     }
 }
@@ -65,19 +61,21 @@ FL_INLINE void add_tokens(const uint8_t *codes, int bits, const head *h, const f
 FL_INLINE void panel_many(const uint8_t *tiles, int bits, const fl_x8 *x, float *y, size_t y_stride,
                           size_t rows) {
     _Alignas(64) uint8_t codes[CODES];
-    _Alignas(64) float sums[BLOCK * FL_PACKED_ROWS];
+    _Alignas(64) float sums[BLOCK * FL_PACKED_ROWS], head[2 * FL_PACKED_ROWS];
     for (size_t t0 = 0; t0 < x->tokens; t0 += BLOCK) {
         const size_t tokens = x->tokens - t0 < BLOCK ? x->tokens - t0 : BLOCK;
         memset(sums, 0, tokens * FL_PACKED_ROWS * sizeof(*sums));
         const uint8_t *tile = tiles;
         for (size_t g = 0; g < x->groups; g++, tile += FL_PACKED_HEAD + 128 * bits) {
-            const head h = head_of(tile);
+            head_of(tile, head);
+            const float *kept = head; // in memory: the registers are the sums'
+            __asm__("" : "+r"(kept));
             prepare(tile + FL_PACKED_HEAD, bits, codes);
             size_t t = 0;
             for (; t + WIDE(bits) <= tokens; t += WIDE(bits))
-                add_tokens(codes, bits, &h, x, t0 + t, g, WIDE(bits), sums + t * FL_PACKED_ROWS);
+                add_tokens(codes, bits, kept, x, t0 + t, g, WIDE(bits), sums + t * FL_PACKED_ROWS);
             for (; t < tokens; t++)
-                add_tokens(codes, bits, &h, x, t0 + t, g, 1, sums + t * FL_PACKED_ROWS);
+                add_tokens(codes, bits, kept, x, t0 + t, g, 1, sums + t * FL_PACKED_ROWS);
         }
         for (size_t t = 0; t < tokens; t++)
             memcpy(y + (t0 + t) * y_stride, sums + t * FL_PACKED_ROWS, rows * sizeof(*y));
@@ -90,10 +88,11 @@ FL_INLINE void panel_one(const uint8_t *tile, int bits, const fl_x8 *x, float *y
     for (size_t g = 0; g < x->groups; g++, tile += FL_PACKED_HEAD + 128 * bits) {
         int32x4_t dot[4];
         dots_one(tile + FL_PACKED_HEAD, bits, x->codes + g * FL_X8_GROUP, dot);
-        const head h = head_of(tile);
+        FL_STAY();
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++)
-            sum[i] = add_group(sum[i], dot[i], h.scale[i], h.minimum[i], x->scales[g], x->sums[g]);
+            sum[i] = add_group(sum[i], dot[i], fl_halves_neon(tile + 8 * i),
+                               fl_halves_neon(tile + 32 + 8 * i), x->scales[g], x->sums[g]);
     }
     float all[FL_PACKED_ROWS];
 #pragma GCC unroll 4

@@ -12,6 +12,10 @@
 
 #define FL_INLINE static inline __attribute__((always_inline))
 
+// Nothing is loaded before this that is written after it: what comes early holds a register, and
+// sums need almost all.
+#define FL_STAY() __asm__ volatile("" ::: "memory")
+
 // Bits `from` .. of each byte moved to `to` ..; what else is in the byte moves along. Written with
 // the operators because the intrinsic for either direction takes its shift in a register.
 FL_INLINE uint8x16_t fl_moved_neon(uint8x16_t v, int from, int to) {
