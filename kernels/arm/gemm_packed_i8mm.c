@@ -80,16 +80,20 @@ FL_INLINE void dots(const uint8_t *codes, int bits, const int8_t *x, size_t stri
         for (int half = 0; half < 2; half++) {
             const uint8_t *at = codes + 16 * (k + 8 * half);
             int8x16_t xx[WIDE_MAX / 2];
-            FL_STAY();
 #pragma GCC unroll 2
             for (int p = 0; p < pairs; p++)
                 xx[p] = two_tokens(v[2 * p], v[tokens == 1 ? 0 : 2 * p + 1], half);
-#pragma GCC unroll 8
-            for (int r = 0; r < 8; r++) {
-                const uint8x16_t w = vld1q_u8(at + 16 * r);
 #pragma GCC unroll 2
-                for (int p = 0; p < pairs; p++)
-                    sum[8 * p + r] = dot_2_by_2(sum[8 * p + r], w, xx[p]);
+            for (int r = 0; r < 8; r += 4) {
+                uint8x16_t w[4];
+                FL_STAY();
+#pragma GCC unroll 4
+                for (int i = 0; i < 4; i++) w[i] = vld1q_u8(at + 16 * (r + i));
+#pragma GCC unroll 8
+                for (int i = 0; i < 4 * pairs; i++) {
+                    int32x4_t *to = &sum[i / 4 * 8 + r + i % 4];
+                    *to = dot_2_by_2(*to, w[i % 4], xx[i / 4]);
+                }
             }
         }
     }

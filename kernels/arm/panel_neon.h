@@ -47,6 +47,7 @@ FL_INLINE void add_tokens(const uint8_t *codes, int bits, const float *head, con
         scale[i] = vld1q_f32(head + 4 * i), minimum[i] = vld1q_f32(head + 16 + 4 * i);
 #pragma GCC unroll 8
     for (int n = 0; n < tokens; n++) {
+        FL_STAY();
         const float x_scale = scales[(size_t)n * groups], x_sum = sums[(size_t)n * groups];
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++) {
