@@ -64,6 +64,7 @@ def check_smaller(f, model):
 
 def check_streaming(f, model, best):
     """Half of the model's bytes as limit: the same losses, read again in every pass."""
+    forget(model)  # in large pages of the cache, as it was just written, edges would map more
     limit = model.stat().st_size // 2
     done = tune(f, model, "--memory", limit, "--sequence", 128)
     check_peak(f"tune in half of the model's size ({limit / 1e6:.1f} MB)", done)
