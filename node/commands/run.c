@@ -94,8 +94,10 @@ static fl_status run_agent(const run_settings *set, node_state *state, fl_err *e
     node_facts facts;
     node_facts_read("", &facts);
     const uint64_t memory = node_facts_memory_budget(&facts, set->memory);
-    const node_worker_opts worker_opts = {
-        .data = set->data, .memory_bytes = memory, .threads = set->threads};
+    const node_worker_opts worker_opts = {.data = set->data,
+                                          .memory_bytes = memory,
+                                          .threads = set->threads,
+                                          .pause_c = set->pause_c};
     node_worker *worker = NULL;
     FL_TRY(node_worker_open(&worker_opts, state, &worker, err));
     const node_loop_opts opts = {

@@ -189,6 +189,12 @@ uint64_t node_facts_memory_budget(const node_facts *f, uint64_t owner_limit) {
     return budget;
 }
 
+bool node_facts_differ(const node_facts *was, const node_facts *now) {
+    return was->cores != now->cores || was->quota_cores != now->quota_cores ||
+           was->memory_limit != now->memory_limit ||
+           memcmp(was->kind_cores, now->kind_cores, sizeof(was->kind_cores)) != 0;
+}
+
 uint32_t node_facts_threads(const node_facts *f) {
     uint32_t threads = f->kinds == 0 ? 1 : f->kind_cores[0];
     if (f->quota_cores > 0 && (double)threads > ceil(f->quota_cores))

@@ -21,6 +21,10 @@ node_may node_policy_ask(const node_rules *r, const node_observed *now, node_may
     return NODE_MAY_TRAIN;
 }
 
+bool node_policy_spare(double temperature_c, double pause_c, bool before) {
+    return temperature_c >= pause_c - (before ? 10 : 5); // false for NAN
+}
+
 const char *node_may_text(node_may may) {
     static const char *const texts[] = {
         [NODE_MAY_TRAIN] = "training is allowed",

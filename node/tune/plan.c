@@ -63,8 +63,8 @@ static uint64_t weights_of(const node_model *model, const node_docs *docs,
     return bytes;
 }
 
-static bool measure(const node_model *model, uint32_t rank, const node_docs *docs,
-                    const node_tune_opts *opts, node_tune_plan *ret) {
+void node_tune_measure(const node_model *model, uint32_t rank, const node_docs *docs,
+                       const node_tune_opts *opts, node_tune_plan *ret) {
     node_adapter adapter; // only its rank is looked at when counting
     node_tuner tuner;
     fl_arena arena;
@@ -81,80 +81,26 @@ static bool measure(const node_model *model, uint32_t rank, const node_docs *doc
                               : NODE_TUNE_RESIDENT + node_adapter_size(model, rank) +
                                     docs->begin[docs->count] * sizeof(int32_t);
     ret->peak_bytes = ret->arena_bytes + ret->weight_bytes + ret->resident_bytes;
-    return opts->memory_bytes == 0 || ret->peak_bytes <= opts->memory_bytes;
-}
-
-// Candidates from the fastest to the smallest. Later ones take strictly less.
-typedef struct candidate {
-    uint32_t sequence, chunk;
-    uint32_t window_part; // window = default / part
-    bool keep;
-} candidate;
-
-static const candidate candidates[] = {
-    {NODE_TUNE_SEQUENCE, 2048, 1, true},
-    {NODE_TUNE_SEQUENCE, 1024, 1, false},
-    {64, 1024, 1, true},
-    {64, 512, 1, false},
-    {32, 512, 1, true},
-    {32, 256, 1, false},
-    {32, 256, 2, false},
-    {16, 256, 1, false},
-    {16, 128, 2, false},
-    {16, 64, 4, false},
-    {16, 64, 64, false},
-};
-
-static void apply(const node_model *model, const node_tune_opts *asked, const candidate *c,
-                  node_tune_opts *opts) {
-    *opts = *asked;
-    if (opts->micro == 0) opts->micro = 1;
-    if (opts->sequence == 0) opts->sequence = c->sequence;
-    if (opts->chunk == 0) opts->chunk = c->chunk;
-    if (opts->window.size == 0 && c->window_part > 1) {
-        opts->window.size = node_window_layers(model, &asked->window) / c->window_part;
-        if (opts->window.size == 0) opts->window.size = 1;
-    }
-    const uint32_t layers = node_window_layers(model, &opts->window);
-    if (opts->kept == NODE_TUNE_KEEP_AUTO) opts->kept = c->keep ? layers : 0;
-    if (opts->kept > layers) opts->kept = layers;
-}
-
-static fl_status refuse(const node_model *model, uint32_t rank, const node_docs *docs,
-                        const node_tune_opts *asked, const node_tune_plan *smallest, fl_err *err) {
-    const double mb = 1e6;
-    node_tune_opts freed = *asked;
-    node_tune_plan other;
-    freed.window.size = freed.sequence = freed.chunk = 0;
-    freed.kept = NODE_TUNE_KEEP_AUTO;
-    for (size_t i = 0; i < FL_COUNT(candidates); i++) {
-        node_tune_opts opts;
-        apply(model, &freed, &candidates[i], &opts);
-        if (!measure(model, rank, docs, &opts, &other)) continue;
-        return FL_FAIL(err, FL_ENOMEM,
-                       "that does not fit %.0f MB: it needs %.0f MB; a window of %u layers, "
-                       "1 x %u tokens and chunks of %u need %.0f MB",
-                       (double)asked->memory_bytes / mb, (double)smallest->peak_bytes / mb,
-                       other.window, opts.sequence, opts.chunk, (double)other.peak_bytes / mb);
-    }
-    return FL_FAIL(
-        err, FL_ENOMEM,
-        "nothing fits %.0f MB: the smallest plan (a window of %u layers, %u tokens) needs "
-        "%.0f MB, %.0f of them weights",
-        (double)asked->memory_bytes / mb, smallest->window, smallest->opts.sequence,
-        ceil((double)smallest->peak_bytes / mb), (double)smallest->weight_bytes / mb);
 }
 
 fl_status node_tune_make_plan(const node_model *model, uint32_t rank, const node_docs *docs,
                               const node_tune_opts *asked, node_tune_plan *ret, fl_err *err) {
     FL_TRY(check(model, rank, docs, asked, err));
+    node_tune_opts opts = *asked;
+    const uint32_t layers = node_window_layers(model, &opts.window);
+    if (opts.micro == 0) opts.micro = 1;
+    if (opts.sequence == 0) opts.sequence = NODE_TUNE_SEQUENCE;
+    if (opts.chunk == 0) opts.chunk = NODE_TUNE_CHUNK;
+    if (opts.kept > layers) opts.kept = layers;
     node_tune_plan plan;
-    for (size_t i = 0; i < FL_COUNT(candidates); i++) {
-        node_tune_opts opts;
-        apply(model, asked, &candidates[i], &opts);
-        if (!measure(model, rank, docs, &opts, &plan)) continue;
-        *ret = plan;
-        return FL_OK;
-    }
-    return refuse(model, rank, docs, asked, &plan, err);
+    node_tune_measure(model, rank, docs, &opts, &plan);
+    if (opts.memory_bytes != 0 && plan.peak_bytes > opts.memory_bytes)
+        return FL_FAIL(
+            err, FL_ENOMEM,
+            "that does not fit %.0f MB: a window of %u layers, %u x %u tokens and chunks "
+            "of %u need %.0f MB, %.0f of them weights",
+            (double)opts.memory_bytes / 1e6, plan.window, opts.micro, opts.sequence, opts.chunk,
+            ceil((double)plan.peak_bytes / 1e6), (double)plan.weight_bytes / 1e6);
+    *ret = plan;
+    return FL_OK;
 }
