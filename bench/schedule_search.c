@@ -1,10 +1,11 @@
 // The scheduler's choice beside an exhaustive search, and its predictions beside measurements, on
 // one profile of a machine: a number of threads and a limit of memory.
 //   schedule_search MODEL [--data=PATH] [--threads=N] [--memory=MIB] [--folder=CACHE] [--predict]
-// Without --predict: measures every (threads, chunk, kept layers) that fits with the choice's
-// window and sequence, then the best few and the choice in turn. With it: steps of windows 1 to
-// half of the layers, sequences of 32 to 256, 1 and 4 a step, 1 and N threads, predicted and
-// measured; prefill and decode. --smoke: a small model. Without --data the tokens are random.
+// Without --predict: measures every (threads, chunk, every other number of kept layers) that fits
+// with the choice's window and sequence, then the best few, the choice and a fixed default in turn.
+// With it: steps of windows 1 to half of the layers, sequences of 32 to 256, 1 and 4 a step,
+// predicted and measured.
+// --smoke: a small model. Without --data the tokens are random.
 #include "common/clock.h"
 #include "node/commands/choose.h"
 #include "node/model/tokenizer.h"
@@ -66,7 +67,7 @@ static uint32_t disturbed; // measurements that others took part of the machine 
 
 // The median of `runs` steps; again, a few times, while other processes are busy.
 static double step_s(const node_job *job, const node_choice *c, uint32_t runs) {
-    enum { TRIES = 4 };
+    enum { TRIES = 3 };
     const double foreign_max = 0.06; // processors, on average
     fl_err err;
     double best = 0;
@@ -112,7 +113,11 @@ static uint32_t grid(const node_job *job, const node_choice *like, node_choice *
     uint32_t count = 0;
     for (uint32_t t = 1; t <= job->threads_max; t++)
         for (uint32_t chunk = 2048; chunk >= 64; chunk /= 2)
-            for (uint32_t kept = 0; kept <= like->window && count < GRID_MAX; kept++) {
+            for (uint32_t kept = 0; kept <= like->window &&
+                                            count<GRID_MAX; kept = kept + 2> like->window &&
+                                            kept < like->window
+                                        ? like->window
+                                        : kept + 2) {
                 node_choice c = *like;
                 node_tune_opts opts;
                 node_tune_plan plan;
@@ -126,32 +131,50 @@ static uint32_t grid(const node_job *job, const node_choice *like, node_choice *
     return count;
 }
 
+// What is done without a scheduler: all threads, and everything kept with large chunks where that
+// fits, else nothing kept with smaller ones.
+static node_choice fixed_default(const node_job *job, const node_choice *like,
+                                 const node_choice *all, uint32_t count) {
+    node_choice c = *like;
+    c.threads = job->threads_max;
+    c.chunk = 2048, c.kept = like->window;
+    for (uint32_t i = 0; i < count; i++)
+        if (all[i].threads == c.threads && all[i].chunk == c.chunk && all[i].kept == c.kept)
+            return all[i];
+    c.chunk = 1024, c.kept = 0;
+    return c;
+}
+
 static void search(const node_job *job, const node_schedule *s, uint32_t runs) {
     static node_choice all[GRID_MAX];
     const uint32_t count = grid(job, &s->choice, all);
     for (uint32_t i = 0; i < count; i++) all[i].measured = step_s(job, &all[i], 1);
     qsort(all, count, sizeof(*all), faster);
-    // The best of many noisy numbers is too good: the first few and the choice again, in turn.
+    // The best of many noisy numbers is too good: the first few, the choice and the fixed default
+    // again, in turn.
     const uint32_t few = count < FINAL ? count : FINAL;
-    double times[FINAL + 1][TURNS];
+    node_choice last[FINAL + 2];
+    double times[FINAL + 2][TURNS];
+    memcpy(last, all, few * sizeof(*last));
+    last[few] = s->choice;
+    last[few + 1] = fixed_default(job, &s->choice, all, count);
     for (uint32_t k = 0; k < TURNS; k++)
-        for (uint32_t i = 0; i <= few; i++)
-            times[i][k] = step_s(job, i < few ? &all[i] : &s->choice, runs);
-    node_choice best = {.measured = 0}, choice = s->choice;
-    for (uint32_t i = 0; i <= few; i++) {
+        for (uint32_t i = 0; i < few + 2; i++) times[i][k] = step_s(job, &last[i], runs);
+    node_choice best = {.measured = 0};
+    for (uint32_t i = 0; i < few + 2; i++) {
         qsort(times[i], TURNS, sizeof(double), compare);
-        const double median = times[i][TURNS / 2];
-        if (i == few) choice.measured = median;
-        if (i < few) all[i].measured = median;
-        if (i < few && (best.measured == 0 || median < best.measured)) best = all[i];
+        last[i].measured = times[i][TURNS / 2];
+        if (best.measured == 0 || last[i].measured < best.measured) best = last[i];
     }
-    if (choice.measured < best.measured) best = choice;
-    print_choice("choice", &choice, node_cost_step(&s->cost, &choice, job->model->layers));
+    const node_choice *choice = &last[few], *fixed = &last[few + 1];
+    print_choice("choice", choice, node_cost_step(&s->cost, choice, job->model->layers));
     print_choice("best", &best, 0);
+    print_choice("fixed", fixed, 0);
     print_choice("worst", &all[count - 1], 0);
-    printf("choice / best %.3f, of %u measured candidates (%u peaks asked for, %u measurements "
-           "disturbed)\n",
-           best.measured / choice.measured, count, s->seen, disturbed);
+    printf("choice / best %.3f, choice / fixed default %.3f, of %u measured candidates (%u peaks "
+           "asked for, %u measurements disturbed)\n",
+           best.measured / choice->measured, fixed->measured / choice->measured, count, s->seen,
+           disturbed);
 }
 
 static void predict(const node_job *job, const node_schedule *s, uint32_t runs) {
@@ -159,30 +182,28 @@ static void predict(const node_job *job, const node_schedule *s, uint32_t runs) 
     const uint32_t windows[] = {1, half > 8 ? 4 : half, half > 8 ? 8 : half, half};
     double worst = 0, sum = 0;
     int count = 0, within = 0;
-    for (uint32_t t = 1; t <= job->threads_max;
-         t += job->threads_max > 1 ? job->threads_max - 1 : 1)
-        for (uint32_t n = 32; n <= 256; n *= 2)
-            for (uint32_t micro = 1; micro <= 4; micro += 3)
-                for (size_t w = 0; w < FL_COUNT(windows); w++) {
-                    if (w > 0 && windows[w] == windows[w - 1]) continue;
-                    node_choice c = {.threads = t,
-                                     .window = windows[w],
-                                     .micro_batch = micro,
-                                     .sequence = n,
-                                     .chunk = w % 2 == 0 ? 1024 : 512,
-                                     .kept = w % 2 == 0 ? 0 : windows[w]};
-                    node_job fixed = *job;
-                    fixed.opts.window.size = c.window;
-                    fixed.opts.memory_bytes = 0;
-                    c.measured = step_s(&fixed, &c, runs);
-                    const double p = node_cost_step(&s->cost, &c, job->model->layers);
-                    const double off = fabs(c.measured / p - 1);
-                    print_choice("", &c, p);
-                    worst = off > worst ? off : worst;
-                    sum += off;
-                    count++;
-                    within += off <= 0.15;
-                }
+    for (uint32_t n = 32; n <= 256; n *= 2)
+        for (uint32_t micro = 1; micro <= 4; micro += 3)
+            for (size_t w = 0; w < FL_COUNT(windows); w++) {
+                if (w > 0 && windows[w] == windows[w - 1]) continue;
+                node_choice c = {.threads = job->threads_max,
+                                 .window = windows[w],
+                                 .micro_batch = micro,
+                                 .sequence = n,
+                                 .chunk = w % 2 == 0 ? 1024 : 512,
+                                 .kept = w % 2 == 0 ? 0 : windows[w]};
+                node_job fixed = *job;
+                fixed.opts.window.size = c.window;
+                fixed.opts.memory_bytes = 0;
+                c.measured = step_s(&fixed, &c, runs);
+                const double p = node_cost_step(&s->cost, &c, job->model->layers);
+                const double off = fabs(c.measured / p - 1);
+                print_choice("", &c, p);
+                worst = off > worst ? off : worst;
+                sum += off;
+                count++;
+                within += off <= 0.15;
+            }
     printf("%d steps: mean error %.1f %%, largest %.1f %%, %d within 15 %% (%u disturbed)\n", count,
            100 * sum / count, 100 * worst, within, disturbed);
 }
@@ -254,12 +275,13 @@ int main(int argc, char **argv) {
     job.opts.threads = 0;
     job.opts.memory_bytes = a.memory;
     static node_schedule s;
+    setvbuf(stdout, NULL, _IOLBF, 0);
     const double start = fl_clock_s(), own = own_s(), busy = busy_s();
     need(node_schedule_make(&job, &s, &err), &err);
     printf("chosen in %.2f s, %.2f processor seconds of others meanwhile\n", fl_clock_s() - start,
            busy_s() - busy - (own_s() - own));
     show(&s);
-    (a.predict ? predict : search)(&job, &s, a.smoke ? 1 : 3);
+    (a.predict ? predict : search)(&job, &s, a.smoke ? 1 : 2);
     node_adapter_close(adapter);
     if (tiny == NULL) node_model_close(model);
     if (tiny != NULL) tiny_close(tiny);

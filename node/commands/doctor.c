@@ -22,7 +22,7 @@ typedef struct doctor_opts {
 } doctor_opts;
 
 static const fl_setting table[] = {
-    {NULL, "MODEL", FL_KIND_TEXT, "FILE", 0, 0, "",
+    {NULL, "model", FL_KIND_TEXT, "FILE", 0, 0, "",
      "show, and measure, how this model would be tuned here (default: the fleet's, not measured)",
      NULL, offsetof(doctor_opts, model)},
     {NULL, "state", FL_KIND_TEXT, "FOLDER", 0, 0, "", "where the node keeps its state", NULL,
@@ -247,7 +247,7 @@ static int run(const void *options) {
 const fl_command node_cmd_doctor = {
     .name = "doctor",
     .summary = "examines this machine and says what stands in the way",
-    .example = "fleetune-node doctor smollm2-4bit.gguf",
+    .example = "fleetune-node doctor --model smollm2-4bit.gguf",
     .table = table,
     .count = FL_COUNT(table),
     .options_size = sizeof(doctor_opts),
