@@ -11,9 +11,6 @@
 #include "node/model/tokenizer.h"
 #include "tests/tiny_model.h"
 
-#include <sys/resource.h>
-#include <unistd.h>
-
 enum { GRID_MAX = 4096, FINAL = 5, TURNS = 5, TOKENS = 8192 };
 
 typedef struct args {
@@ -44,25 +41,6 @@ static void need(fl_status st, const fl_err *err) {
     exit(1);
 }
 
-// Processor seconds of all processes, and of this one.
-static double busy_s(void) {
-    double v[8] = {0};
-    FILE *f = fopen("/proc/stat", "re");
-    if (f == NULL) return 0;
-    if (fscanf(f, "cpu %lf %lf %lf %lf %lf %lf %lf %lf", &v[0], &v[1], &v[2], &v[3], &v[4], &v[5],
-               &v[6], &v[7]) != 8)
-        v[0] = 0;
-    fclose(f);
-    return (v[0] + v[1] + v[2] + v[5] + v[6] + v[7]) / (double)sysconf(_SC_CLK_TCK);
-}
-
-static double own_s(void) {
-    struct rusage u;
-    getrusage(RUSAGE_SELF, &u);
-    return (double)(u.ru_utime.tv_sec + u.ru_stime.tv_sec) +
-           (double)(u.ru_utime.tv_usec + u.ru_stime.tv_usec) * 1e-6;
-}
-
 static uint32_t disturbed; // measurements that others took part of the machine from
 
 // The median of `runs` steps; again, a few times, while other processes are busy.
@@ -73,9 +51,9 @@ static double step_s(const node_job *job, const node_choice *c, uint32_t runs) {
     double best = 0;
     for (int i = 0; i < TRIES; i++) {
         double seconds = 0;
-        const double busy = busy_s(), own = own_s(), start = fl_clock_s();
+        const double busy = node_busy_s(""), own = node_busy_own_s(), start = fl_clock_s();
         need(node_job_time(job, c, runs, &seconds, &err), &err);
-        const double foreign = (busy_s() - busy) - (own_s() - own);
+        const double foreign = (node_busy_s("") - busy) - (node_busy_own_s() - own);
         if (best == 0 || seconds < best) best = seconds;
         if (foreign < foreign_max * (fl_clock_s() - start) + 0.02) return best;
     }
@@ -276,10 +254,10 @@ int main(int argc, char **argv) {
     job.opts.memory_bytes = a.memory;
     static node_schedule s;
     setvbuf(stdout, NULL, _IOLBF, 0);
-    const double start = fl_clock_s(), own = own_s(), busy = busy_s();
+    const double start = fl_clock_s(), own = node_busy_own_s(), busy = node_busy_s("");
     need(node_schedule_make(&job, &s, &err), &err);
     printf("chosen in %.2f s, %.2f processor seconds of others meanwhile\n", fl_clock_s() - start,
-           busy_s() - busy - (own_s() - own));
+           node_busy_s("") - busy - (node_busy_own_s() - own));
     show(&s);
     (a.predict ? predict : search)(&job, &s, a.smoke ? 1 : 2);
     node_adapter_close(adapter);

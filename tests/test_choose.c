@@ -139,18 +139,22 @@ static void test_measuring_changes_nothing(void) {
     node_adapter_encode(r->adapter, now);
     T_CHECK(memcmp(was, now, size) == 0, "the adapter keeps its bits");
     T_CHECK(s.measured && s.cost.calibrated && s.cost.shape.below_adapted, "measured");
-    T_EQ(files_in(r), 2);
+    T_EQ(files_in(r), s.disturbed ? 0 : 2);
     // What is learned is the same whether anything was measured or not.
     T_EQ(s.choice.window, quiet.choice.window);
     T_EQ(s.choice.sequence, quiet.choice.sequence);
     T_EQ(s.choice.micro_batch, quiet.choice.micro_batch);
-    // The caches are read: the same predictions, the same chunk, without measuring.
+    // The caches are read: the same predictions, the same chunk, without measuring. A machine that
+    // is busy with other things stores nothing; then there is nothing to read.
     r->job.steps = 0;
     T_OK(node_schedule_make(&r->job, &again, &err), err);
-    T_CHECK(again.measured && again.cost.calibrated, "from the caches");
-    T_EQ(again.choice.chunk, s.choice.chunk);
-    T_NEAR(node_cost_step(&again.cost, &s.choice, 6), node_cost_step(&s.cost, &s.choice, 6), 0,
-           "the same digits");
+    T_EQ(again.measured, !s.disturbed);
+    T_EQ(again.cost.calibrated, !s.disturbed);
+    if (!s.disturbed) {
+        T_EQ(again.choice.chunk, s.choice.chunk);
+        T_NEAR(node_cost_step(&again.cost, &s.choice, 6), node_cost_step(&s.cost, &s.choice, 6), 0,
+               "the same digits");
+    }
     double seconds = 0;
     T_OK(node_job_time(&r->job, &s.choice, 3, &seconds, &err), err);
     T_CHECK(seconds > 0, "%g", seconds);

@@ -1,5 +1,6 @@
 #include "node/commands/choose.h"
 
+#include "common/clock.h"
 #include "node/commands/state_dir.h"
 
 #include <math.h>
@@ -11,6 +12,8 @@ static const double PAYS_S = 30;
 // Of the best few, those that are predicted to take at most this much longer are measured.
 static const double CLOSE = 1.15;
 static const double FEW_SECONDS = 2;
+// Processors that other programs may take, on average, while something is measured for good.
+static const double OTHERS_MAX = 0.15;
 enum { FEW_MAX = 4, PATH_SIZE = 1024 };
 
 static void add_layer(const node_layer *l, uint32_t rank, node_shape *s) {
@@ -160,35 +163,45 @@ static void read_caches(const node_job *job, node_schedule *s) {
     c->calibrated = node_calibration_read(path, key, &c->calibration, NULL) == FL_OK;
 }
 
+node_watch node_watch_begin(void) {
+    return (node_watch){node_busy_s(""), node_busy_own_s(), fl_clock_s()};
+}
+
+bool node_watch_disturbed(const node_watch *w) {
+    const double others = (node_busy_s("") - w->busy_s) - (node_busy_own_s() - w->own_s);
+    return others > OTHERS_MAX * (fl_clock_s() - w->start_s) + 0.05;
+}
+
+static fl_status measure_rates(const node_job *job, node_rates *ret, fl_err *err) {
+    FL_TRY(node_rates_measure(job->kern, job->threads_max, job->opts.memory_bytes, ret, err));
+    if (job->path[0] != '\0' && node_rates_storage(job->path, &ret->storage_bytes, NULL) != FL_OK)
+        ret->storage_bytes = 0;
+    return FL_OK;
+}
+
 // What is stored is read again: a later run chooses by the same digits.
-static void measure_machine(const node_job *job, node_schedule *s) {
-    char path[PATH_SIZE];
+static void store(const node_job *job, node_schedule *s) {
+    char path[PATH_SIZE], folder[PATH_SIZE];
     node_cost *c = &s->cost;
-    char folder[PATH_SIZE];
     snprintf(folder, sizeof(folder), "%s", job->folder);
-    const bool stored =
-        cache_path(job, "rates", 0, path) && node_state_dir_make(folder, NULL) == FL_OK;
-    if (!s->measured) {
-        node_rates r;
-        if (node_rates_measure(job->kern, job->threads_max, job->opts.memory_bytes, &r, NULL) !=
-            FL_OK)
-            return;
-        if (job->path[0] != '\0' && node_rates_storage(job->path, &r.storage_bytes, NULL) != FL_OK)
-            r.storage_bytes = 0;
-        c->rates = r;
-        s->measured = true;
-        if (stored && node_rates_write(path, job->facts, &r, NULL) == FL_OK)
-            s->measured = node_rates_read(path, job->facts, &c->rates, NULL) == FL_OK;
-    }
-    if (c->calibrated) return;
-    if (node_job_calibrate(job, c, NULL) != FL_OK) {
-        c->calibrated = false;
-        return;
-    }
+    if (!cache_path(job, "rates", 0, path) || node_state_dir_make(folder, NULL) != FL_OK) return;
+    if (node_rates_write(path, job->facts, &c->rates, NULL) == FL_OK)
+        s->measured = node_rates_read(path, job->facts, &c->rates, NULL) == FL_OK;
     const uint64_t key = c->calibration.key;
     if (c->calibrated && cache_path(job, "calibration", key, path) &&
         node_calibration_write(path, &c->calibration, NULL) == FL_OK)
         c->calibrated = node_calibration_read(path, key, &c->calibration, NULL) == FL_OK;
+}
+
+// Measures what the caches do not have. What was measured while other programs were busy serves
+// this run only.
+static void measure_machine(const node_job *job, node_schedule *s) {
+    const node_watch watch = node_watch_begin();
+    if (!s->measured && measure_rates(job, &s->cost.rates, NULL) != FL_OK) return;
+    s->measured = true;
+    if (node_job_calibrate(job, &s->cost, NULL) != FL_OK) s->cost.calibrated = false;
+    s->disturbed = node_watch_disturbed(&watch);
+    if (!s->disturbed) store(job, s);
 }
 
 static double run_s(const node_job *job, const node_schedule *s) {

@@ -11,6 +11,13 @@
 #include "node/schedule/cost.h"
 #include "node/tune/tuner.h"
 
+// Did other programs take part of the machine since `begin`? What was measured then is not stored.
+typedef struct node_watch {
+    double busy_s, own_s, start_s;
+} node_watch;
+node_watch node_watch_begin(void);
+bool node_watch_disturbed(const node_watch *watch);
+
 typedef struct node_job {
     const fl_kern *kern;
     const node_facts *facts;
@@ -27,7 +34,8 @@ typedef struct node_job {
 
 typedef struct node_schedule {
     node_cost cost;
-    bool measured; // rates are measured ones, now or earlier, not assumed
+    bool measured;  // rates are measured ones, now or earlier, not assumed
+    bool disturbed; // by other programs while it was measured now: nothing was stored
     node_choice choice;
     node_choice list[NODE_CHOICES_MAX]; // with the same window, sequence and chunk; best first
     uint32_t count, seen;               // seen: candidates whose exact peak was asked for

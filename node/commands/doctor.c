@@ -117,11 +117,12 @@ static fl_status rates_of(const doctor_opts *o, const char *folder, const char *
         return FL_FAIL(err, FL_EARG, "the state folder's path is too long");
     *ret_cached = !o->again && node_rates_read(path, f, ret, NULL) == FL_OK;
     if (*ret_cached) return FL_OK;
+    const node_watch watch = node_watch_begin();
     FL_TRY(
         node_rates_measure(kern, node_facts_threads(f), node_facts_memory_budget(f, 0), ret, err));
     if (model[0] != '\0' && node_rates_storage(model, &ret->storage_bytes, NULL) != FL_OK)
         ret->storage_bytes = 0;
-    return node_rates_write(path, f, ret, err);
+    return node_watch_disturbed(&watch) ? FL_OK : node_rates_write(path, f, ret, err);
 }
 
 // How the model would be tuned here: with the recipe, on a made-up document. Measured only when the

@@ -55,6 +55,7 @@ void node_show_schedule_json(const node_schedule *s, fl_json *root) {
     fl_json *o = fl_json_add_object(root, "schedule");
     fl_json_set_bool(o, "measured_rates", s->measured);
     fl_json_set_bool(o, "calibrated", s->cost.calibrated);
+    fl_json_set_bool(o, "disturbed", s->disturbed);
     fl_json_set_integer(o, "candidates_seen", s->seen);
     add_choice(fl_json_add_object(o, "choice"), &s->choice);
     fl_json *list = fl_json_add_array(o, "candidates");
@@ -81,6 +82,8 @@ void node_show_schedule(const node_schedule *s, FILE *out) {
             s->cost.calibrated ? "predicted from this model's own steps"
             : s->measured      ? "predicted from the rates alone"
                                : "predicted from assumed rates: nothing was measured here yet");
+    if (s->disturbed)
+        fprintf(out, "other programs were busy meanwhile: measured again the next time\n");
     for (uint32_t i = 0; i < s->count; i++)
         if (is_shown(s, i))
             print_choice(&s->list[i],

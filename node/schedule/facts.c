@@ -5,6 +5,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
+#include <unistd.h>
 
 enum { PATH_SIZE = 512, CPUS_MAX = 1024 };
 
@@ -136,6 +138,23 @@ static void read_cores(const char *root, node_facts *f) {
         snprintf(path, sizeof(path), "/sys/devices/system/cpu/cpu0/cache/index%u/size", i);
         if (read_number(root, path, &size)) f->cache_bytes[level] = size;
     }
+}
+
+double node_busy_s(const char *root) {
+    char line[256];
+    double user, nice, system, idle, wait, irq, soft, steal;
+    if (!read_line(root, "/proc/stat", line, sizeof(line)) ||
+        sscanf(line, "cpu %lf %lf %lf %lf %lf %lf %lf %lf", &user, &nice, &system, &idle, &wait,
+               &irq, &soft, &steal) != 8)
+        return 0;
+    return (user + nice + system + irq + soft + steal) / (double)sysconf(_SC_CLK_TCK);
+}
+
+double node_busy_own_s(void) {
+    struct rusage u;
+    if (getrusage(RUSAGE_SELF, &u) != 0) return 0;
+    return (double)(u.ru_utime.tv_sec + u.ru_stime.tv_sec) +
+           (double)(u.ru_utime.tv_usec + u.ru_stime.tv_usec) * 1e-6;
 }
 
 double node_facts_temperature(const char *root) {

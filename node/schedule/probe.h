@@ -38,6 +38,10 @@ uint64_t node_facts_memory_budget(const node_facts *facts, uint64_t owner_limit)
 uint32_t node_facts_threads(const node_facts *facts);
 // Has something changed that a plan was made for: cores, their quota, the limit of memory?
 bool node_facts_differ(const node_facts *was, const node_facts *now);
+// Processor seconds that all processes together have taken since the start, and those of this one:
+// how a measurement learns that others took part of the machine. 0 when the system does not say.
+double node_busy_s(const char *root);
+double node_busy_own_s(void);
 // Temperature now, in degrees Celsius; NAN when the machine does not say.
 double node_facts_temperature(const char *root);
 uint32_t node_facts_throttle_bits(const char *root);
