@@ -1,29 +1,31 @@
 // The scheduler's choice beside an exhaustive search, and its predictions beside measurements, on
 // one profile of a machine: a number of threads and a limit of memory.
 //   schedule_search MODEL [--data=PATH] [--threads=N] [--memory=MIB] [--folder=CACHE] [--predict]
-// Without --predict: measures every (threads, chunk, every other number of kept layers) that fits
-// with the choice's window and sequence, then the best few, the choice and a fixed default in turn.
-// With it: steps of windows 1 to half of the layers, sequences of 32 to 256, 1 and 4 a step,
-// predicted and measured.
-// --smoke: a small model. Without --data the tokens are random.
+//                   [--coarse]
+// Without --predict: measures every (threads, chunk, kept layers) that fits with the choice's
+// window and sequence, then the best few, the choice and a fixed default in turn. With it: steps of
+// windows 1 to half of the layers, sequences of 32 to 256, 1 and 4 a step, predicted and measured.
+// --coarse: fewer of both, where the machine is not one's own for long. --smoke: a small model.
+// Without --data the tokens are random.
 #include "common/clock.h"
 #include "node/commands/choose.h"
 #include "node/model/tokenizer.h"
 #include "tests/tiny_model.h"
 
-enum { GRID_MAX = 4096, FINAL = 5, TURNS = 5, TOKENS = 8192 };
+enum { GRID_MAX = 4096, FINAL = 4, TURNS = 3, TOKENS = 8192 };
 
 typedef struct args {
     const char *model, *data, *folder;
     uint32_t threads;
     uint64_t memory;
-    bool smoke, predict;
+    bool smoke, predict, coarse;
 } args;
 
 static args parse(int argc, char **argv) {
     args a = {.folder = "", .threads = 2};
     for (int i = 1; i < argc; i++) {
         if (strcmp(argv[i], "--smoke") == 0) a.smoke = true;
+        if (strcmp(argv[i], "--coarse") == 0) a.coarse = true;
         if (strcmp(argv[i], "--predict") == 0) a.predict = true;
         if (strncmp(argv[i], "--data=", 7) == 0) a.data = argv[i] + 7;
         if (strncmp(argv[i], "--folder=", 9) == 0) a.folder = argv[i] + 9;
@@ -45,7 +47,7 @@ static uint32_t disturbed; // measurements that others took part of the machine 
 
 // The median of `runs` steps; again, a few times, while other processes are busy.
 static double step_s(const node_job *job, const node_choice *c, uint32_t runs) {
-    enum { TRIES = 3 };
+    enum { TRIES = 2 };
     const double foreign_max = 0.06; // processors, on average
     fl_err err;
     double best = 0;
@@ -86,20 +88,18 @@ static void print_choice(const char *name, const node_choice *c, double predicte
     printf("\n");
 }
 
-// Every way to run what is learned by `like` that fits the memory.
-static uint32_t grid(const node_job *job, const node_choice *like, node_choice *ret) {
+// Every way to run what is learned by `like` that fits the memory; coarse: every other power of two
+// of the chunk, nothing, half or everything kept.
+static uint32_t grid(const node_job *job, const node_choice *like, bool coarse, node_choice *ret) {
+    const uint32_t step = coarse ? (like->window + 1) / 2 : 1;
     uint32_t count = 0;
     for (uint32_t t = 1; t <= job->threads_max; t++)
-        for (uint32_t chunk = 2048; chunk >= 64; chunk /= 2)
-            for (uint32_t kept = 0; kept <= like->window &&
-                                            count<GRID_MAX; kept = kept + 2> like->window &&
-                                            kept < like->window
-                                        ? like->window
-                                        : kept + 2) {
+        for (uint32_t chunk = 2048; chunk >= 64; chunk /= coarse ? 4 : 2)
+            for (uint32_t k = 0; k < like->window + step && count < GRID_MAX; k += step) {
                 node_choice c = *like;
                 node_tune_opts opts;
                 node_tune_plan plan;
-                c.threads = t, c.chunk = chunk, c.kept = kept;
+                c.threads = t, c.chunk = chunk, c.kept = k < like->window ? k : like->window;
                 node_job_opts(job, &c, &opts);
                 node_tune_measure(job->model, job->adapter->opts.rank, job->docs, &opts, &plan);
                 c.peak_bytes = plan.peak_bytes;
@@ -123,9 +123,10 @@ static node_choice fixed_default(const node_job *job, const node_choice *like,
     return c;
 }
 
-static void search(const node_job *job, const node_schedule *s, uint32_t runs) {
+static void search(const node_job *job, const node_schedule *s, const args *a) {
+    const uint32_t runs = a->smoke ? 1 : 2;
     static node_choice all[GRID_MAX];
-    const uint32_t count = grid(job, &s->choice, all);
+    const uint32_t count = grid(job, &s->choice, a->coarse, all);
     for (uint32_t i = 0; i < count; i++) all[i].measured = step_s(job, &all[i], 1);
     qsort(all, count, sizeof(*all), faster);
     // The best of many noisy numbers is too good: the first few, the choice and the fixed default
@@ -155,7 +156,8 @@ static void search(const node_job *job, const node_schedule *s, uint32_t runs) {
            disturbed);
 }
 
-static void predict(const node_job *job, const node_schedule *s, uint32_t runs) {
+static void predict(const node_job *job, const node_schedule *s, const args *a) {
+    const uint32_t runs = a->coarse ? 1 : 3;
     const uint32_t half = job->model->layers / 2;
     const uint32_t windows[] = {1, half > 8 ? 4 : half, half > 8 ? 8 : half, half};
     double worst = 0, sum = 0;
@@ -259,7 +261,7 @@ int main(int argc, char **argv) {
     printf("chosen in %.2f s, %.2f processor seconds of others meanwhile\n", fl_clock_s() - start,
            node_busy_s("") - busy - (node_busy_own_s() - own));
     show(&s);
-    (a.predict ? predict : search)(&job, &s, a.smoke ? 1 : 2);
+    (a.predict ? predict : search)(&job, &s, &a);
     node_adapter_close(adapter);
     if (tiny == NULL) node_model_close(model);
     if (tiny != NULL) tiny_close(tiny);
