@@ -17,6 +17,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
 
 enum { PAUSE_MS = 200, UNKNOWN_WINDOW = FL_LAYERS_MAX };
 
@@ -29,8 +30,9 @@ struct node_worker {
     bool open;
     uint8_t model_digest[FL_DIGEST_SIZE];
     node_corpus *corpus;
-    bool spare;      // the device is warm: half the threads
-    double base_nll; // held-out loss of the model without adapter; NAN until measured
+    bool spare;       // the device is warm: half the threads
+    node_watch watch; // since the task began
+    double base_nll;  // held-out loss of the model without adapter; NAN until measured
 
     fl_task task;
     fl_layer_version bases[FL_LAYERS_MAX];
@@ -273,7 +275,10 @@ static fl_status make_plan(node_worker *w, node_adapter *a, uint64_t steps, node
     node_facts_read("", &w->session.facts);
     const node_facts *facts = &w->session.facts;
     w->spare = node_policy_spare(facts->temperature_c, w->opts.pause_c, w->spare);
-    const uint32_t threads = node_facts_threads(facts);
+    if (steps == 0) w->watch = node_watch_begin();
+    const uint32_t online = (uint32_t)sysconf(_SC_NPROCESSORS_ONLN);
+    const uint32_t threads =
+        node_policy_threads(node_facts_threads(facts), online, node_watch_others(&w->watch));
     char path[NODE_PATH_MAX], folder[NODE_PATH_MAX];
     node_state_path(w->state, "model.gguf", path);
     node_state_path(w->state, "", folder);

@@ -126,6 +126,13 @@ static void test_facts_that_change_a_plan(void) {
     T_CHECK(!node_policy_spare(69.9, 75, false) && node_policy_spare(70, 75, false), "gets warm");
     T_CHECK(node_policy_spare(65, 75, true) && !node_policy_spare(64.9, 75, true), "cools down");
     T_CHECK(!node_policy_spare(NAN, 75, true), "says nothing");
+    T_EQ(node_policy_threads(2, 2, 0.0), 2);
+    T_EQ(node_policy_threads(2, 2, 0.4), 2);
+    T_EQ(node_policy_threads(2, 2, 0.67), 1); // three threads on two processors
+    T_EQ(node_policy_threads(2, 2, 5.0), 1);
+    T_EQ(node_policy_threads(4, 64, 40.0), 4); // others are busy elsewhere
+    T_EQ(node_policy_threads(4, 4, 2.0), 2);
+    T_EQ(node_policy_threads(4, 4, NAN), 1);
 }
 
 static const node_cost machine = {.shape = {.layers = 30,

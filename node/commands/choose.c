@@ -172,6 +172,12 @@ bool node_watch_disturbed(const node_watch *w) {
     return others > OTHERS_MAX * (fl_clock_s() - w->start_s) + 0.05;
 }
 
+double node_watch_others(const node_watch *w) {
+    const double seconds = fl_clock_s() - w->start_s;
+    const double others = (node_busy_s("") - w->busy_s) - (node_busy_own_s() - w->own_s);
+    return seconds < 0.5 || others < 0 ? 0 : others / seconds;
+}
+
 static fl_status measure_rates(const node_job *job, node_rates *ret, fl_err *err) {
     FL_TRY(node_rates_measure(job->kern, job->threads_max, job->opts.memory_bytes, ret, err));
     if (job->path[0] != '\0' && node_rates_storage(job->path, &ret->storage_bytes, NULL) != FL_OK)

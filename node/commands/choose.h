@@ -17,6 +17,8 @@ typedef struct node_watch {
 } node_watch;
 node_watch node_watch_begin(void);
 bool node_watch_disturbed(const node_watch *watch);
+// Processors that others took on average; 0 for less than half a second.
+double node_watch_others(const node_watch *watch);
 
 typedef struct node_job {
     const fl_kern *kern;

@@ -16,6 +16,7 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 typedef struct tune_opts {
     char model[FL_SETTING_TEXT_MAX], data[FL_SETTING_TEXT_MAX], out[FL_SETTING_TEXT_MAX];
@@ -65,7 +66,10 @@ typedef struct tune_run {
     node_job job;
     node_schedule schedule;
     node_tune_plan plan;
-    bool spare; // the device is warm: half the threads
+    bool spare;       // the device is warm: half the threads
+    uint32_t threads; // that were free at the last look
+    uint32_t seen;    // the same at the one before: a change counts when it stays
+    node_watch watch; // since the last look
 } tune_run;
 
 static void close_run(tune_run *r) {
@@ -129,6 +133,8 @@ static fl_status open_run(tune_run *r, const tune_opts *o, uint64_t steps, fl_er
     make_job(r, o, steps);
     FL_TRY(node_schedule_make(&r->job, &r->schedule, err));
     r->plan = r->schedule.plan;
+    r->threads = r->seen = node_facts_threads(&r->session.facts);
+    r->watch = node_watch_begin();
     return node_setup_threads(&r->session, r->plan.opts.threads, err);
 }
 
@@ -245,21 +251,28 @@ static fl_status move(tune_run *r, const node_tune_plan *plan, bound *b, fl_err 
     return st;
 }
 
-// Looks at the machine; when its cores, its memory limit or its heat have changed, threads, kept
-// layers and, if it must be, the chunk are chosen anew. What is learned stays what it was. A limit
-// that nothing fits leaves the run as it is.
+// Looks at the machine; when its cores, the load that others put on them, its memory limit or its
+// heat have changed, threads, kept layers and, if it must be, the chunk are chosen anew. What is
+// learned stays what it was. A limit that nothing fits leaves the run as it is.
 static fl_status replan(tune_run *r, const tune_opts *o, bound *b, fl_err *err) {
     const double pause_c = 75; // as the agent's default: node.ini is not this command's
     node_facts now;
     node_facts_read("", &now);
     const bool spare = node_policy_spare(now.temperature_c, pause_c, r->spare);
-    if (!node_facts_differ(&r->session.facts, &now) && spare == r->spare) return FL_OK;
+    const uint32_t online = (uint32_t)sysconf(_SC_NPROCESSORS_ONLN);
+    const uint32_t free_now =
+        node_policy_threads(node_facts_threads(&now), online, node_watch_others(&r->watch));
+    const bool load = free_now == r->seen && free_now != r->threads;
+    r->watch = node_watch_begin();
+    r->seen = free_now;
+    const bool cores = node_facts_differ(&r->session.facts, &now);
+    if (!cores && !load && spare == r->spare) return FL_OK;
+    if (cores || load) r->threads = free_now;
     r->session.facts = now;
     r->spare = spare;
     node_schedule s;
     node_job job = r->job;
-    const uint32_t threads = node_facts_threads(&now);
-    job.threads_max = spare && threads > 1 ? threads / 2 : threads;
+    job.threads_max = spare && r->threads > 1 ? r->threads / 2 : r->threads;
     if (now.memory_limit != 0 && now.memory_limit < job.opts.memory_bytes)
         job.opts.memory_bytes = now.memory_limit;
     job.steps = 0; // by what is known
