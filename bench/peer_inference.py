@@ -5,8 +5,8 @@ peer_inference.py --model OURS [--model OURS ...] --gguf Q4_0.gguf [--gguf Q4_1.
                   [--llama-bench PATH] [--ik-bench PATH] [--llama-cli PATH] [--ik-cli PATH]
 
 OURS are models for fleetune-node (compressed, or plain GGUF), the --gguf files are those of the
-other engines; all of one model. Prefill of 512 tokens, decode of 128, tokens a second, with
---threads threads. For each engine and file the best options are looked for first: flash attention
+other engines; all of one model. Prefill of 512 tokens, decode of 128 (with nothing before them, and
+after 512 tokens), tokens a second, with --threads threads. For each engine and file the best options are looked for first: flash attention
 on or off, and for ik_llama.cpp repacking at load (-rtr). The peers' command line programs are for
 the time from start to the first token with a warm page cache; memory is the resident set at its
 highest while 512 tokens are read and 128 written.
@@ -15,20 +15,30 @@ import argparse
 import itertools
 import json
 import pathlib
+import re
+import statistics
 
 import measure
 
 PREFILL, DECODE = 512, 128
 WORDS = "The old man walked to the sea and looked at the ships for a long time. "
+WORD_TOKENS = 17  # of WORDS
+KEYS = ("prefill", "decode", "decode after 512")
+ENGINES = (  # name, option with its llama-bench, options to be tried, decode after 512 tokens
+    ("llama.cpp", "llama_bench", [()], ("-p", 0, "-n", DECODE, "-d", PREFILL)),
+    ("ik_llama.cpp", "ik_bench", [(), ("-rtr", "1")],
+     ("-p", 0, "-n", 0, "-gp", f"{PREFILL},{DECODE}")))
 
 
-def engine_bench(path: str, model: str, threads: int, more: tuple, repeat: int) -> tuple[dict, int]:
-    got = measure.run([path, "-m", model, "-p", PREFILL, "-n", DECODE, "-t", threads, "-r", repeat,
-                       "-o", "json", *more])
+def engine_rows(path: str, model: str, o: argparse.Namespace, more: tuple, repeat: int) -> tuple:
+    got = measure.run([path, "-m", model, "-t", o.threads, "-r", repeat, "-o", "json", *more])
     at = got.text.index("[")  # some versions say something before it
-    rows, _ = json.JSONDecoder().raw_decode(got.text[at:])
-    rates = {"prefill" if row["n_prompt"] else "decode": row["avg_ts"] for row in rows}
-    return rates, got.rss
+    return json.JSONDecoder().raw_decode(got.text[at:])[0], got.rss
+
+
+def engine_bench(path: str, model: str, o: argparse.Namespace, setting: tuple, repeat: int) -> tuple:
+    rows, rss = engine_rows(path, model, o, ("-p", PREFILL, "-n", DECODE, *setting), repeat)
+    return {"prefill" if row["n_prompt"] else "decode": row["avg_ts"] for row in rows}, rss
 
 
 def best_options(path: str, model: str, o: argparse.Namespace, extra: list[tuple]) -> tuple:
@@ -36,31 +46,44 @@ def best_options(path: str, model: str, o: argparse.Namespace, extra: list[tuple
     rates = {}
     for more in itertools.product(("0", "1"), extra):
         setting = ("-fa", more[0], *more[1])
-        rates[setting], _ = engine_bench(path, model, o.threads, setting, 2)
+        rates[setting], _ = engine_bench(path, model, o, setting, 2)
         print(f"  {pathlib.Path(model).stem} {' '.join(setting)}: prefill "
               f"{rates[setting]['prefill']:.0f}, decode {rates[setting]['decode']:.0f}", flush=True)
     return tuple(max(rates, key=lambda s: rates[s][k]) for k in ("prefill", "decode"))
 
 
-def engine_arm(path: str, model: str, o: argparse.Namespace, settings: tuple):
+def engine_arm(path: str, model: str, o: argparse.Namespace, settings: tuple, deep: tuple):
+    """`deep` are the engine's options for a decode of 128 tokens after 512."""
     def once() -> dict:
-        rates, rss = engine_bench(path, model, o.threads, settings[0], o.repeat)
+        rates, rss = engine_bench(path, model, o, settings[0], o.repeat)
         if settings[1] != settings[0]:
-            other, _ = engine_bench(path, model, o.threads, settings[1], o.repeat)
+            other, _ = engine_bench(path, model, o, settings[1], o.repeat)
             rates["decode"] = other["decode"]
-        return {"prefill": rates["prefill"], "decode": rates["decode"], "MB": rss / 1e6}
+        rows, _ = engine_rows(path, model, o, (*deep, *settings[1]), o.repeat)
+        return {"prefill": rates["prefill"], "decode": rates["decode"],
+                "decode after 512": rows[0]["avg_ts"], "MB": rss / 1e6}
     return once
 
 
+def our_decode(o: argparse.Namespace, model: str) -> float:
+    """Tokens a second of 128 written with an empty context before them."""
+    rates = []
+    for _ in range(o.repeat):
+        got = measure.run([o.node, "generate", model, "--prompt", "The", "--tokens", DECODE,
+                           "--threads", o.threads, "--stats"])
+        rates.append(float(re.search(rf"written {DECODE}, ([0-9.]+)/s", got.errors).group(1)))
+    return statistics.median(rates)
+
+
 def our_arm(model: str, o: argparse.Namespace):
-    # A word is a token or so; a sentence of 16 words and a full stop, so that 512 are reached.
-    prompt = WORDS * (PREFILL // 17)
+    prompt = WORDS * (PREFILL // WORD_TOKENS)
 
     def once() -> dict:
         rates = measure.bench(o, model, o.threads, o.repeat)
         written = measure.run([o.node, "generate", model, "--prompt", prompt, "--tokens", DECODE,
                                "--threads", o.threads])
-        return {"prefill": rates["prefill"], "decode": rates["decode"], "MB": written.rss / 1e6}
+        return {"prefill": rates["prefill"], "decode": our_decode(o, model),
+                "decode after 512": rates["decode"], "MB": written.rss / 1e6}
     return once
 
 
@@ -100,14 +123,14 @@ def main() -> None:
     kept = pathlib.Path(o.options) if o.options else None
     found = json.loads(kept.read_text()) if kept and kept.exists() else {}
     arms = {f"fleetune {pathlib.Path(m).stem}": our_arm(m, o) for m in o.model}
-    for engine, path, extra in (("llama.cpp", o.llama_bench, [()]),
-                                ("ik_llama.cpp", o.ik_bench, [(), ("-rtr", "1")])):
+    for engine, option, extra, deep in ENGINES:
+        path = getattr(o, option)
         for m in o.gguf if path else []:
             name = f"{engine} {pathlib.Path(m).stem}"
             key = f"{name} {o.threads}"
             if key not in found:
                 found[key] = best_options(path, m, o, extra)
-            arms[name] = engine_arm(path, m, o, tuple(tuple(s) for s in found[key]))
+            arms[name] = engine_arm(path, m, o, tuple(tuple(s) for s in found[key]), deep)
     for key, (prefill, decode) in found.items():
         print(f"{key}: prefill with {' '.join(prefill)}, decode with {' '.join(decode)}")
     if kept:
@@ -115,7 +138,7 @@ def main() -> None:
     turns = measure.Turns(o, arms).make()
     for engine in ("llama.cpp", "ik_llama.cpp"):
         theirs = [a for a in arms if a.startswith(engine)]
-        for key in ("prefill", "decode") if theirs else ():
+        for key in KEYS if theirs else ():
             fastest = measure.best(turns, key, theirs)
             measure.table(turns, key, f"tokens/s, {o.threads} threads", fastest)
     measure.table(turns, "MB", "peak resident")
