@@ -29,15 +29,20 @@ static const float *float_rows(const node_matrix *w) {
 typedef struct run {
     const fl_kern *kern;
     const node_product *product;
-    uint32_t count, tokens;
+    uint32_t count, tokens, threads;
     uint32_t pieces[NODE_PRODUCTS_MAX]; // of each product
     const float *x;
     const fl_x8 *x8;
     node_scratch *scratch;
 } run;
 
-static uint32_t product_grain(const node_product *p) {
-    return p->w->type == NODE_TYPE_PACKED ? PACKED_GRAIN : panel_rows(p->w->cols);
+// One token reads every weight once, as fast as memory gives it: a thread has one stretch of the
+// file to itself, since memory is read fastest in long runs.
+static uint32_t product_grain(const run *r, const node_product *p) {
+    if (p->w->type != NODE_TYPE_PACKED) return panel_rows(p->w->cols);
+    if (r->tokens != 1) return PACKED_GRAIN;
+    const uint32_t share = (p->row_end - p->row_begin + r->threads - 1) / r->threads;
+    return (share + FL_PACKED_ROWS - 1) / FL_PACKED_ROWS * FL_PACKED_ROWS;
 }
 
 static void float_piece(const run *r, const node_product *p, uint32_t begin, uint32_t end,
@@ -62,7 +67,7 @@ static void one_piece(const run *r, uint32_t piece, unsigned worker) {
     uint32_t i = 0;
     while (piece >= r->pieces[i]) piece -= r->pieces[i++];
     const node_product *p = &r->product[i];
-    const uint32_t grain = product_grain(p);
+    const uint32_t grain = product_grain(r, p);
     const uint32_t begin = p->row_begin + piece * grain, end = least(begin + grain, p->row_end);
     if (p->w->type != NODE_TYPE_PACKED) {
         float_piece(r, p, begin, end, worker);
@@ -87,10 +92,10 @@ void node_products_run(const node_engine *engine, const node_product *p, uint32_
     FL_ASSERT(count <= NODE_PRODUCTS_MAX && tokens <= scratch->tokens);
     FL_ASSERT(fl_pool_threads(engine->pool) <= scratch->threads);
     if (tokens == 0) return;
-    run r = {engine->kern, p, count, tokens, {0}, x, x8, scratch};
+    run r = {engine->kern, p, count, tokens, fl_pool_threads(engine->pool), {0}, x, x8, scratch};
     size_t pieces = 0;
     for (uint32_t i = 0; i < count; i++) {
-        const uint32_t grain = product_grain(&p[i]);
+        const uint32_t grain = product_grain(&r, &p[i]);
         r.pieces[i] = (p[i].row_end - p[i].row_begin + grain - 1) / grain;
         pieces += r.pieces[i];
     }
