@@ -121,7 +121,7 @@ def main() -> None:
     p.add_argument("--side", choices=["ours", "torch", "both"], default="both")
     p.add_argument("--way", action="append", default=[], help="only these ways of ours")
     p.add_argument("--lr", type=float, nargs="+", default=[5e-3, 1e-2, 2e-2, 4e-2])
-    p.add_argument("--torch-lr", type=float, nargs="+", default=[5e-4, 1e-3, 2e-3, 4e-3])
+    p.add_argument("--torch-lr", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3, 8e-3])
     p.add_argument("--dtype", choices=["f32", "bf16"], default="bf16", help="torch trains in this")
     p.add_argument("--steps", type=int, default=40)
     p.add_argument("--seeds", type=int, default=3)
@@ -133,11 +133,12 @@ def main() -> None:
     stems = {t: pathlib.Path(t).stem for t in o.text}
 
     def row(name: str, base: str, lr: float | None, make) -> None:
-        table[name] = {}
-        for t in o.text if lr is not None else ():
-            runs = [r.get(f"{name} lr {lr:g} {stems[t]} seed {s}", make(lr, t, s))
-                    for s in range(1, o.seeds + 1)]
-            table[name][t] = (base, lr, runs)
+        if lr is None:
+            return
+        table[name] = {t: (base, lr, []) for t in o.text}
+        for s in range(1, o.seeds + 1):  # a stop in the middle leaves all texts as far
+            for t in o.text:
+                table[name][t][2].append(r.get(f"{name} lr {lr:g} {stems[t]} seed {s}", make(lr, t, s)))
 
     if o.side != "ours":
         for t in o.text:
@@ -160,12 +161,13 @@ def main() -> None:
     for name, texts in table.items():
         for t, (base, lr, runs) in texts.items():
             before = r.known.get(f"{base} base {stems[t]}")
-            if before is None or None in runs:
-                print(f"| {name} | {stems[t]} | {lr:g} | not finished: start again |")
+            runs = [v for v in runs if v is not None]
+            if before is None or not runs:
                 continue
             mean = statistics.mean(runs)
+            lacking = "" if len(runs) == o.seeds else f", {len(runs)} of {o.seeds} seeds so far"
             print(f"| {name} | {stems[t]} | {lr:g} | {before:.4f} | {mean:.4f} ({min(runs):.4f} to "
-                  f"{max(runs):.4f}) | {before - mean:.4f} |")
+                  f"{max(runs):.4f}{lacking}) | {before - mean:.4f} |")
 
 
 if __name__ == "__main__":
