@@ -29,7 +29,7 @@ def main() -> None:
     p = measure.options(__doc__)
     p.add_argument("--data", required=True)
     p.add_argument("--model", action="append", required=True, help="may be repeated")
-    p.add_argument("--base", default="", help="stem that ratios are to (default: the first model's)")
+    p.add_argument("--base", default="", help="stem that ratios are to (default: the first)")
     p.add_argument("--ratio", action="append", default=[], metavar="A:B", help="may be repeated")
     o = p.parse_args()
     arms = {pathlib.Path(m).stem: arm(o, m) for m in o.model}

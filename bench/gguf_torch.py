@@ -33,7 +33,8 @@ def config_of(reader: gguf.GGUFReader) -> LlamaConfig:
     def f(name):
         return field(reader, "llama." + name)
     return LlamaConfig(vocab_size=len(field(reader, "tokenizer.ggml.tokens")),
-                       hidden_size=f("embedding_length"), intermediate_size=f("feed_forward_length"),
+                       hidden_size=f("embedding_length"),
+                       intermediate_size=f("feed_forward_length"),
                        num_hidden_layers=f("block_count"),
                        num_attention_heads=f("attention.head_count"),
                        num_key_value_heads=f("attention.head_count_kv"),

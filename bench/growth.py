@@ -27,7 +27,8 @@ def step(o, model: str, window: int, sequence: int, steps: int):
     def once() -> dict:
         got = measure.tune(o, model, o.data, "--window", window, "--sequence", sequence,
                            "--micro-batches", 1, "--steps", steps)
-        return {"ms": 1000 * sequence / got["tokens/s"], "MB": got["MB"], "planned": got["planned MB"]}
+        return {"ms": 1000 * sequence / got["tokens/s"], "MB": got["MB"],
+                "planned": got["planned MB"]}
     return once
 
 
@@ -79,7 +80,8 @@ def main() -> None:
              for d, m in cut_models(o).items()}
     turns = measure.Turns(o, arms).make()
     here = f"{o.threads} threads, median of {len(turns)}"
-    show(o, "window.svg", f"Step of {SEQUENCE} tokens by window, {here}", "layers in the window", "ms",
+    show(o, "window.svg", f"Step of {SEQUENCE} tokens by window, {here}", "layers in the window",
+         "ms",
          [series_of("ms a step", turns, "window", WINDOWS, "ms")])
     show(o, "tokens.svg", f"Step by tokens, window of {WINDOW}, {here}", "tokens of a step", "ms",
          [series_of("ms a step", turns, "tokens", TOKENS, "ms")])
@@ -92,7 +94,8 @@ def main() -> None:
                 t[f"below {d - WINDOW}"] = {"MB": t[f"depth {d}"]["MB"],
                                             "rest": t[f"depth {d}"]["MB"] - weights[d]}
         below = [d - WINDOW for d in DEPTHS]
-        show(o, "memory.svg", f"Peak memory by layers below a window of {WINDOW}", "layers below", "MB",
+        show(o, "memory.svg", f"Peak memory by layers below a window of {WINDOW}",
+             "layers below", "MB",
              [series_of("peak resident", turns, "below", below, "MB"),
               series_of("the same without the model's file", turns, "below", below, "rest")])
 

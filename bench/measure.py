@@ -10,11 +10,14 @@ import dataclasses
 import json
 import os
 import pathlib
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
 HERE = pathlib.Path(__file__).resolve().parent
 NODE = HERE.parent / "build/bin/fleetune-node"
@@ -41,7 +44,12 @@ def run(command: list, env: dict[str, str] | None = None) -> Run:
         start = time.perf_counter()
         child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=errors,
                                  env={**os.environ, **(env or {})})
-        _, status, usage = os.wait4(child.pid, 0)
+        try:
+            _, status, usage = os.wait4(child.pid, 0)
+        except BaseException:  # a stop of the script stops what it runs
+            child.kill()
+            child.wait()
+            raise
         seconds = time.perf_counter() - start
         child.returncode = os.waitstatus_to_exitcode(status)
         out.seek(0)
@@ -61,7 +69,7 @@ def options(description: str, **defaults) -> argparse.ArgumentParser:
                    help="turns that count (default: %(default)s)")
     p.add_argument("--threads", type=int, default=2, help="(default: %(default)s)")
     p.add_argument("--seconds", type=float, default=defaults.get("seconds", 540),
-                   help="begin no turn after so long, and report what there is (default: %(default)s)")
+                   help="begin no turn after so long (default: %(default)s)")
     p.add_argument("--scratch", default="/dev/shm",
                    help="folder for files of the run (default: %(default)s)")
     p.add_argument("--json", default="", metavar="FILE",
@@ -93,7 +101,7 @@ def steady(before: list[dict], after: list[dict], threads: int) -> bool:
 
 
 class Turns:
-    """Turns of arms: arms maps a name to a function that measures once and gives numbers by name."""
+    """Turns of arms, each a name and a function that measures once and gives numbers by name."""
 
     def __init__(self, o: argparse.Namespace, arms: dict):
         self.o, self.arms, self.good, self.states = o, arms, [], []
@@ -164,8 +172,8 @@ def best(turns: list[dict], key: str, names: list[str]) -> str:
 def tune(o: argparse.Namespace, model: str, data: str, *more) -> dict:
     """One run of tuning: rate of its steps alone, peak memory, and what was planned."""
     out = pathlib.Path(o.scratch, f"tune-{os.getpid()}.adapter")
-    got = run([o.node, "tune", model, "--data", data, "--out", out, "--threads", o.threads, "--json",
-               *more])
+    got = run([o.node, "tune", model, "--data", data, "--out", out, "--threads", o.threads,
+               "--json", *more])
     out.unlink()
     lines = [json.loads(line) for line in got.text.strip().splitlines()]
     done, steps = lines[-1], [line for line in lines if "done" not in line]

@@ -6,8 +6,8 @@ peer_inference.py --model OURS [--model OURS ...] --gguf Q4_0.gguf [--gguf Q4_1.
 
 OURS are models for fleetune-node (compressed, or plain GGUF), the --gguf files are those of the
 other engines; all of one model. Prefill of 512 tokens, decode of 128 (with nothing before them, and
-after 512 tokens), tokens a second, with --threads threads. For each engine and file the best options are looked for first: flash attention
-on or off, and for ik_llama.cpp repacking at load (-rtr). The peers' command line programs are for
+after 512 tokens), tokens a second, with --threads threads. For each engine and file the best
+options are looked for first: flash attention on or off, and for ik_llama.cpp repacking at load (-rtr). The peers' command line programs are for
 the time from start to the first token with a warm page cache; memory is the resident set at its
 highest while 512 tokens are read and 128 written.
 """
@@ -36,7 +36,8 @@ def engine_rows(path: str, model: str, o: argparse.Namespace, more: tuple, repea
     return json.JSONDecoder().raw_decode(got.text[at:])[0], got.rss
 
 
-def engine_bench(path: str, model: str, o: argparse.Namespace, setting: tuple, repeat: int) -> tuple:
+def engine_bench(path: str, model: str, o: argparse.Namespace, setting: tuple,
+                 repeat: int) -> tuple:
     rows, rss = engine_rows(path, model, o, ("-p", PREFILL, "-n", DECODE, *setting), repeat)
     return {"prefill" if row["n_prompt"] else "decode": row["avg_ts"] for row in rows}, rss
 
@@ -116,7 +117,7 @@ def main() -> None:
     p.add_argument("--ik-bench", default="", help="llama-bench of ik_llama.cpp")
     p.add_argument("--llama-cli", default="", help="llama-completion (or an older llama-cli)")
     p.add_argument("--ik-cli", default="", help="llama-cli of ik_llama.cpp")
-    p.add_argument("--repeat", type=int, default=3, help="runs within a turn (default: %(default)s)")
+    p.add_argument("--repeat", type=int, default=3, help="runs in a turn (default: %(default)s)")
     p.add_argument("--options", default="", metavar="FILE",
                    help="keep the best options found here; take them from it when it exists")
     o = p.parse_args()

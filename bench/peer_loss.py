@@ -62,7 +62,8 @@ class Results:
         return self.known[key]
 
 
-def score(o: argparse.Namespace, model: str, held: pathlib.Path, adapter: pathlib.Path | None) -> float:
+def score(o: argparse.Namespace, model: str, held: pathlib.Path,
+          adapter: pathlib.Path | None) -> float:
     more = ["--adapter", adapter] if adapter else []
     return measure.run([o.node, "eval", model, "--text", held, "--window", LENGTH, "--threads",
                         o.threads, "--json", *more]).last_json()["nll"]
@@ -85,8 +86,8 @@ def torch(o: argparse.Namespace, lr: float, text: str, seed: int, steps: int):
         train, held = cut(o, text)
         state = pathlib.Path(o.scratch, "peer_loss",
                              f"{pathlib.Path(text).stem}-{o.dtype}-{lr}-{seed}-{steps}.state")
-        got = measure.run([o.python, measure.HERE / "peer_torch_loss.py", "--gguf", o.gguf, "--train",
-                           train, "--held", held, "--state", state, "--lr", lr, "--seed", seed,
+        got = measure.run([o.python, measure.HERE / "peer_torch_loss.py", "--gguf", o.gguf,
+                           "--train", train, "--held", held, "--state", state, "--lr", lr, "--seed", seed,
                            "--steps", steps, "--dtype", o.dtype, "--threads", o.threads,
                            "--seconds", max(1, min(seconds, o.chunk))])
         return got.last_json().get("nll")
@@ -138,7 +139,8 @@ def main() -> None:
         table[name] = {t: (base, lr, []) for t in o.text}
         for s in range(1, o.seeds + 1):  # a stop in the middle leaves all texts as far
             for t in o.text:
-                table[name][t][2].append(r.get(f"{name} lr {lr:g} {stems[t]} seed {s}", make(lr, t, s)))
+                key = f"{name} lr {lr:g} {stems[t]} seed {s}"
+                table[name][t][2].append(r.get(key, make(lr, t, s)))
 
     if o.side != "ours":
         for t in o.text:
@@ -156,8 +158,8 @@ def main() -> None:
             row(f"{stem} {way}", stem, lr, lambda lr, t, s: ours(
                 o, m, [*recipe, "--lr", str(lr)], t, s))
 
-    print(f"\n| way, {o.steps * BATCH * LENGTH} tokens | text | learning rate | before | after, mean of "
-          f"{o.seeds} seeds (range) | gain |\n| --- | --- | --- | --- | --- | --- |")
+    print(f"\n| way, {o.steps * BATCH * LENGTH} tokens | text | learning rate | before | after, "
+          f"mean of {o.seeds} seeds (range) | gain |\n| --- | --- | --- | --- | --- | --- |")
     for name, texts in table.items():
         for t, (base, lr, runs) in texts.items():
             before = r.known.get(f"{base} base {stems[t]}")

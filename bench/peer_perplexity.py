@@ -56,7 +56,7 @@ def main() -> None:
             theirs = measure.run([o.python, measure.HERE / "gguf_torch.py", m, "--text", text,
                                   "--window", WINDOW, "--threads", o.threads]).last_json()
             if theirs["tokens"] != got["tokens"]:
-                sys.exit(f"{m}: eval scored {got['tokens']} tokens, transformers {theirs['tokens']}")
+                sys.exit(f"{m}: {got['tokens']} tokens scored here, {theirs['tokens']} there")
             other = f"{theirs['perplexity']:.3f}"
             own = own_number(o, m, text) if o.llama_perplexity else ""
         print(f"| {pathlib.Path(m).stem} | {pathlib.Path(m).stat().st_size / 1e6:.1f} | "

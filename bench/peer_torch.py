@@ -61,7 +61,8 @@ def main() -> None:
         if step > 0:
             rates.append(BATCH * LENGTH / (time.perf_counter() - start))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"tokens_per_second": statistics.median(rates), "peak_rss_bytes": peak, "loaded_rss_bytes": loaded,
+    print(json.dumps({"tokens_per_second": statistics.median(rates), "peak_rss_bytes": peak,
+                      "loaded_rss_bytes": loaded,
                       "torch": torch.__version__, "loss": float(loss.detach())}))
 
 

@@ -45,7 +45,8 @@ def rows_of(cut: list[list[int]], length: int):
 
 
 def batch_of(rows, count: int, dtype: torch.dtype):
-    ids, targets, positions, owner = (torch.tensor(x) for x in zip(*(next(rows) for _ in range(count))))
+    taken = [next(rows) for _ in range(count)]
+    ids, targets, positions, owner = (torch.tensor(x) for x in zip(*taken))
     n = ids.shape[1]
     seen = (owner[:, :, None] == owner[:, None, :]) & torch.ones(n, n, dtype=torch.bool).tril()
     mask = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)

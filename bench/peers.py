@@ -4,8 +4,8 @@
 peers.py --model MODEL [--model MODEL ...] --data TEXT [--python PYTHON] [--options FILE]
 
 Each MODEL has SmolLM2-135M's shapes, TEXT is what to tune on, PYTHON an interpreter that has torch,
-transformers and peft. Steps are 4 x 256 tokens. First the peer's best setting is looked for: float32
-or bfloat16, activations kept or checkpointed, an allocator that keeps its pages, float32 products
+transformers and peft. Steps are 4 x 256 tokens. First the peer's best setting is looked for:
+float32 or bfloat16, activations kept or checkpointed, an allocator that keeps its pages, float32 products
 rounded to bfloat16 inside, one thread fewer; then the arms take turns.
 """
 import json
@@ -16,7 +16,7 @@ import measure
 
 SHAPE = ["--sequence", "256", "--micro-batches", "4"]
 
-# glibc gives large blocks back to the system at once; for torch that means page faults in every step.
+# glibc gives large blocks back to the system at once; for torch: page faults in every step.
 KEEP_PAGES = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296",
               "MALLOC_TOP_PAD_": "268435456"}
 SETTINGS = (("--dtype", "f32"), ("--dtype", "bf16"), ("--dtype", "f32", "keep-pages"),

@@ -1,4 +1,4 @@
-"""Line plots as SVG, written by hand: points with their spread, and a straight line fitted to them."""
+"""Line plots as SVG, written by hand: points with their spread, and a straight line through them."""
 import dataclasses
 import html
 import math
