@@ -1,61 +1,55 @@
-// bench.h: median-of-runs timing, one tab-separated line per (kernel, variant, shape).
-// --smoke runs one tiny pass; ctest does that on every build so that benchmarks never rot.
+// bench.h: how every kernel benchmark measures and what it prints.
+//
+// A job is run by one or two threads that take pieces as the engine's pool does. Each sample of it
+// is taken right after a sample of what limits it (the peak of the arithmetic, or reading the same
+// bytes), so that both see the machine in the same state. A sample in which a thread had less than
+// 97 % of the time on a processor is thrown away. Printed are medians:
+//
+//   kernel  variant  shape  threads  ns a call  GOP/s  GB/s  share of the limit  thrown away  check
+//
+//   --smoke      one tiny pass; ctest does that on every build so that benchmarks never rot
+//   --threads=N  only with N threads; without it with 1 and with 2
+//   --only=TEXT  only lines whose kernel, variant or shape contains TEXT
 #ifndef FL_BENCH_BENCH_H
 #define FL_BENCH_BENCH_H
 
-#include <stdbool.h>
-#include <stddef.h>
-#include <stdint.h>
+#include "bench/peak.h"
+
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
-enum { BENCH_RUNS = 15 };
+enum { BENCH_RUNS = 11, BENCH_TRIES = 40 };
 
-static inline double bench_now_s(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
-}
+typedef struct bench_args {
+    bool smoke;
+    unsigned threads; // 0: 1, then 2
+    const char *only;
+} bench_args;
 
-static inline bool bench_smoke(int argc, char **argv) {
-    return argc > 1 && strcmp(argv[1], "--smoke") == 0;
-}
+// Exits with a message for what it does not know.
+bench_args bench_args_parse(int argc, char **argv);
+// Numbers of threads to measure with: true while there is a next one; begin with *threads = 0.
+bool bench_next_threads(const bench_args *args, unsigned *threads);
 
-static inline int bench_cmp(const void *a, const void *b) {
-    const double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
+// Zeroed memory on a cache line; free() gives it back.
+void *bench_alloc(size_t size);
+// Floats in [-1, 1) from bench_alloc.
+float *bench_floats(size_t count);
+float bench_randf(void); // repeatable
 
-// Zeroed memory on a cache line; benchmarks end without giving it back.
-static inline void *bench_alloc(size_t size) {
-    void *p = aligned_alloc(64, (size + 63) / 64 * 64);
-    if (p == NULL) abort();
-    return memset(p, 0, (size + 63) / 64 * 64);
-}
+typedef struct bench_case {
+    const char *kernel, *tag, *shape;
+    bench_job job;     // one call
+    double ops, bytes; // of a call; 2 operations a multiply-add, bytes moved at the least
+    bench_rate rate;   // the limit's arithmetic, or BENCH_NONE
+    // When set, the limit is reading this memory instead.
+    const void *stream;
+    size_t stream_size;
+    const float *check; // makes the work observable and a wrong answer visible
+} bench_case;
 
-// A repeatable number in [-1, 1).
-static inline float bench_randf(void) {
-    static uint32_t state = 1;
-    state = state * 1664525u + 1013904223u;
-    return (float)(int32_t)state * 0x1p-31f;
-}
-
-// How many calls make a run of some milliseconds, given what one call took.
-static inline size_t bench_calls(double one_s, bool smoke) {
-    return smoke || one_s > 2e-3 ? 1 : (size_t)(2e-3 / (one_s + 1e-9)) + 1;
-}
-
-// Prints ns a call and the rates (2 operations a multiply-add; bytes moved at the least); `check`
-// makes the work observable and a wrong answer visible.
-static inline void bench_report(const char *kernel, const char *tag, const char *shape,
-                                double *runs, size_t calls, double ops, double bytes,
-                                double check) {
-    qsort(runs, BENCH_RUNS, sizeof(*runs), bench_cmp);
-    const double s = runs[BENCH_RUNS / 2] / (double)calls;
-    printf("%s\t%s\t%s\t%.0f ns\t%.2f GOP/s\t%.2f GB/s\tcheck=%.6g\n", kernel, tag, shape, s * 1e9,
-           ops / s * 1e-9, bytes / s * 1e-9, check);
-}
+// Measures and prints a line.
+void bench_run(const bench_args *args, bench_team *team, const bench_case *c);
 
 #endif

@@ -4,6 +4,7 @@
 //   bench_forward MODEL.gguf  that file's layers
 // ns are per token and layer. GB/s of decode counts the bytes of the layers' matrices.
 #include "bench/bench.h"
+#include "common/clock.h"
 #include "common/pool.h"
 #include "kernels/ggml.h"
 #include "node/model/generate.h"
@@ -22,9 +23,9 @@ static size_t layer_bytes(const node_model *m) {
 
 static double feed(node_session *s, const node_engine *e, const int32_t *ids, size_t count) {
     const float *hidden = NULL;
-    const double start = bench_now_s();
+    const double start = fl_clock_s();
     if (node_session_feed(s, e, NULL, ids, count, &hidden, NULL) != FL_OK) abort();
-    return bench_now_s() - start;
+    return fl_clock_s() - start;
 }
 
 static void measure(const char *name, const node_model *m, const fl_kern *kern, unsigned threads,
@@ -69,7 +70,7 @@ static void measure_all(const char *name, const node_model *m, bool smoke) {
 }
 
 int main(int argc, char **argv) {
-    const bool smoke = bench_smoke(argc, argv);
+    const bool smoke = argc > 1 && strcmp(argv[1], "--smoke") == 0;
     node_model *m = NULL;
     if (argc > 1 && !smoke) {
         fl_err err;

@@ -1,97 +1,162 @@
-// Float products at the shapes of one panel of a layer: forward, gradient of the input, and the
-// low-rank products of an adapter; and the rows of every ggml type, which such panels are made of.
+// Float products: a layer's panels of float weights (forward, gradient of the input) and the
+// low-rank products of an adapter, and rows of every ggml type, which such panels are made of.
+// Threads take 8 tokens a piece, as the engine does with adapters; panels of float weights by rows,
+// gradients of B by rows of B. Limit: the peak of float multiply-adds.
 #include "bench/bench.h"
 #include "kernels/dispatch.h"
 
+enum { GRAIN = 8, ROWS = 64 };
+
 typedef struct shape {
-    size_t tokens, n, k;
+    size_t tokens, n, k; // k: the adapter's rank where there is one
 } shape;
 
-enum { TOKENS_MAX = 256, WIDTH_MAX = 2048 };
+typedef struct product {
+    shape s;
+    const fl_gemm_f32_variant *v;
+    float *x, *w, *y; // [tokens][k], [n][k], [tokens][n]
+} product;
 
-static float *x, *w, *y;
-
-static float *filled(size_t count) {
-    float *p = bench_alloc(count * sizeof(*p));
-    for (size_t i = 0; i < count; i++) p[i] = bench_randf();
-    return p;
+static size_t least(size_t a, size_t b) {
+    return a < b ? a : b;
 }
 
-typedef void (*run_fn)(const fl_gemm_f32_variant *v, const shape *s);
-
-static void run_nt(const fl_gemm_f32_variant *v, const shape *s) {
-    v->nt(s->tokens, s->n, s->k, x, s->k, w, s->k, y, s->n);
+static void nt_piece(void *ctx, size_t piece, unsigned thread) {
+    const product *p = ctx;
+    const size_t t = piece * GRAIN, count = least(GRAIN, p->s.tokens - t);
+    (void)thread;
+    p->v->nt(count, p->s.n, p->s.k, p->x + t * p->s.k, p->s.k, p->w, p->s.k, p->y + t * p->s.n,
+             p->s.n);
 }
 
-static void run_nn(const fl_gemm_f32_variant *v, const shape *s) {
-    v->nn(s->tokens, s->n, s->k, y, s->n, w, s->k, x, s->k, false);
+static void nn_piece(void *ctx, size_t piece, unsigned thread) {
+    const product *p = ctx;
+    const size_t t = piece * GRAIN, count = least(GRAIN, p->s.tokens - t);
+    (void)thread;
+    p->v->nn(count, p->s.n, p->s.k, p->y + t * p->s.n, p->s.n, p->w, p->s.k, p->x + t * p->s.k,
+             p->s.k, false);
 }
 
-static void run_tn(const fl_gemm_f32_variant *v, const shape *s) {
-    v->tn(s->tokens, s->n, s->k, x, s->n, y, s->k, w, s->k);
+static void panel_piece(void *ctx, size_t piece, unsigned thread) {
+    const product *p = ctx;
+    const size_t n = piece * ROWS, count = least(ROWS, p->s.n - n);
+    (void)thread;
+    p->v->nt(p->s.tokens, count, p->s.k, p->x, p->s.k, p->w + n * p->s.k, p->s.k, p->y + n, p->s.n);
 }
 
-static void run_rank_up(const fl_gemm_f32_variant *v, const shape *s) {
-    v->rank_up(s->tokens, s->n, s->k, 1e-9f, y, s->k, w, s->k, x, s->n);
+static void tn_piece(void *ctx, size_t piece, unsigned thread) {
+    const product *p = ctx;
+    const size_t n = piece * ROWS, count = least(ROWS, p->s.n - n);
+    (void)thread;
+    p->v->tn(p->s.tokens, count, p->s.k, p->y + n, p->s.n, p->x, p->s.k, p->w + n * p->s.k, p->s.k);
 }
 
-static void bench(const char *name, run_fn run, const shape *shapes, size_t count, bool smoke) {
+static void rank_up_piece(void *ctx, size_t piece, unsigned thread) {
+    const product *p = ctx;
+    const size_t t = piece * GRAIN, count = least(GRAIN, p->s.tokens - t);
+    (void)thread;
+    p->v->rank_up(count, p->s.n, p->s.k, 1e-9f, p->x + t * p->s.k, p->s.k, p->w, p->s.k,
+                  p->y + t * p->s.n, p->s.n);
+}
+
+// by_rows: pieces are rows of w, else tokens.
+static void bench_product(const bench_args *args, bench_team *team, const char *name,
+                          bench_piece_fn fn, bool by_rows, shape s) {
+    product p = {.s = s};
+    p.x = bench_floats(s.tokens * s.k), p.w = bench_floats(s.n * s.k);
+    p.y = bench_floats(s.tokens * s.n);
     const uint32_t cpu = fl_cpu_detect();
+    char text[64];
+    snprintf(text, sizeof(text), "t=%zu n=%zu k=%zu", s.tokens, s.n, s.k);
     for (const fl_gemm_f32_variant *v = fl_gemm_f32_variants; v->tag != NULL; v++) {
-        if ((v->need & cpu) != v->need) continue;
-        for (size_t i = 0; i < (smoke ? 1 : count); i++) {
-            const shape *s = &shapes[i];
-            const double ops = 2.0 * (double)s->tokens * (double)s->n * (double)s->k;
-            const size_t calls = bench_calls(ops, smoke);
-            double runs[BENCH_RUNS];
-            for (int r = 0; r < BENCH_RUNS; r++) {
-                const double t0 = bench_now_s();
-                for (size_t c = 0; c < calls; c++) run(v, s);
-                runs[r] = bench_now_s() - t0;
-            }
-            char text[64];
-            snprintf(text, sizeof(text), "t=%zu n=%zu k=%zu", s->tokens, s->n, s->k);
-            const double moved = (double)(s->tokens * (s->n + s->k) + s->n * s->k);
-            bench_report(name, v->tag, text, runs, calls, ops, 4.0 * moved, (double)(x[0] + y[0]));
-        }
+        if ((v->need & cpu) != v->need || (v->need == 0 && !args->smoke)) continue;
+        p.v = v;
+        const size_t count = by_rows ? (s.n + ROWS - 1) / ROWS : (s.tokens + GRAIN - 1) / GRAIN;
+        const bench_case c = {.kernel = name,
+                              .tag = v->tag,
+                              .shape = text,
+                              .job = {fn, &p, count, NULL, false},
+                              .ops = 2.0 * (double)(s.tokens * s.n * s.k),
+                              .bytes = 4.0 * (double)(s.tokens * (s.n + s.k) + s.n * s.k),
+                              .rate = bench_rate_float(v->need),
+                              .check = fn == nn_piece   ? p.x
+                                       : fn == tn_piece ? p.w
+                                                        : p.y};
+        bench_run(args, team, &c);
     }
+    free(p.x), free(p.w), free(p.y);
 }
 
-// A row of 8192 weights of every type to floats.
-static void bench_rows(bool smoke) {
-    enum { N = 8192 };
+typedef struct row {
+    const fl_ggml_variant *v;
+    const fl_ggml_type *type;
+    uint8_t *src;
+    float *out;
+} row;
+
+enum { ROW = 8192 };
+
+static void row_piece(void *ctx, size_t piece, unsigned thread) {
+    const row *r = ctx;
+    (void)piece;
+    r->v->row_to_f32(r->type->id, r->src, ROW, r->out + (size_t)thread * ROW);
+}
+
+static void bench_rows(const bench_args *args, bench_team *team) {
+    row r = {.src = bench_alloc(ROW * sizeof(float))};
+    r.out = bench_alloc(ROW * sizeof(float) * bench_team_threads(team));
     const uint32_t cpu = fl_cpu_detect();
-    uint8_t *src = (uint8_t *)w;
-    memset(src, 0x21, N * sizeof(float));
-    for (const fl_ggml_variant *v = fl_ggml_variants; v->tag != NULL; v++) {
-        if ((v->need & cpu) != v->need) continue;
-        for (const fl_ggml_type *t = fl_ggml_types; t->name != NULL; t++) {
-            const size_t calls = bench_calls(N, smoke);
-            double runs[BENCH_RUNS];
-            for (int r = 0; r < BENCH_RUNS; r++) {
-                const double t0 = bench_now_s();
-                for (size_t c = 0; c < calls; c++) v->row_to_f32(t->id, src, N, x);
-                runs[r] = bench_now_s() - t0;
-            }
-            const double size = (double)N / t->block_elements * t->block_bytes;
-            bench_report("ggml_row", v->tag, t->name, runs, calls, N, size + 4.0 * N, (double)x[1]);
+    memset(r.src, 0x21, ROW * sizeof(float));
+    for (r.v = fl_ggml_variants; r.v->tag != NULL; r.v++) {
+        if ((r.v->need & cpu) != r.v->need) continue;
+        for (r.type = fl_ggml_types; r.type->name != NULL; r.type++) {
+            const bench_case c = {
+                .kernel = "ggml_row",
+                .tag = r.v->tag,
+                .shape = r.type->name,
+                .job = {row_piece, &r, bench_team_threads(team), NULL, true},
+                .ops = (double)ROW * bench_team_threads(team),
+                .bytes = bench_team_threads(team) *
+                         ((double)ROW / r.type->block_elements * r.type->block_bytes + 4.0 * ROW),
+                .rate = BENCH_NONE,
+                .check = &r.out[1]};
+            bench_run(args, team, &c);
         }
     }
+    free(r.src);
+    free(r.out);
 }
 
 int main(int argc, char **argv) {
-    const bool smoke = bench_smoke(argc, argv);
-    static const shape panels[] = {{256, 64, 576}, {256, 64, 1536}, {256, 64, 2048}, {32, 64, 576},
-                                   {1, 64, 576},   {256, 8, 576}};
-    static const shape ranks[] = {{256, 576, 8}, {256, 1536, 8}, {256, 1536, 32}, {1, 1536, 8}};
-    x = filled((size_t)TOKENS_MAX * WIDTH_MAX);
-    w = filled((size_t)64 * WIDTH_MAX);
-    y = filled((size_t)TOKENS_MAX * WIDTH_MAX);
-    bench("gemm_f32_nt", run_nt, panels, FL_COUNT(panels), smoke);
-    bench("gemm_f32_nn", run_nn, panels, FL_COUNT(panels), smoke);
-    bench("gemm_f32_tn", run_tn, ranks, FL_COUNT(ranks), smoke);
-    bench("gemm_f32_rank_up", run_rank_up, ranks, FL_COUNT(ranks), smoke);
-    bench_rows(smoke);
-    free(x), free(w), free(y);
+    const bench_args args = bench_args_parse(argc, argv);
+    static const shape panels[] = {
+        {256, 576, 576}, {1024, 1536, 576}, {256, 576, 1536}, {1, 1536, 576}};
+    static const shape ranks[] = {{256, 576, 8}, {1024, 1536, 8}, {256, 1536, 32}, {1, 1536, 8}};
+    static const shape small = {9, 70, 8};
+    if (!args.smoke) bench_state_print("before");
+    for (unsigned threads = 0; bench_next_threads(&args, &threads);) {
+        bench_team *team = bench_team_open(threads);
+        if (args.smoke) {
+            bench_product(&args, team, "gemm_f32_nt", panel_piece, true, small);
+            bench_product(&args, team, "gemm_f32_nn", nn_piece, false, small);
+            bench_product(&args, team, "adapter_up", rank_up_piece, false, small);
+            bench_product(&args, team, "adapter_db", tn_piece, true, small);
+        }
+        for (size_t i = 0; i < (args.smoke ? 0 : FL_COUNT(panels)); i++) {
+            bench_product(&args, team, "gemm_f32_nt", panel_piece, true, panels[i]);
+            bench_product(&args, team, "gemm_f32_nn", nn_piece, false, panels[i]);
+        }
+        for (size_t i = 0; i < (args.smoke ? 0 : FL_COUNT(ranks)); i++) {
+            const shape s = ranks[i], down = {s.tokens, s.k, s.n};
+            bench_product(&args, team, "adapter_down", nt_piece, false, down);
+            bench_product(&args, team, "adapter_up", rank_up_piece, false, s);
+            bench_product(&args, team, "adapter_dlow", nn_piece, false, s);
+            bench_product(&args, team, "adapter_dx", nn_piece, false, down);
+            bench_product(&args, team, "adapter_db", tn_piece, true, s);
+        }
+        bench_rows(&args, team);
+        bench_team_close(team);
+    }
+    if (!args.smoke) bench_state_print("after");
     return 0;
 }

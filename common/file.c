@@ -12,6 +12,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+enum { HUGE_PAGE = 2 << 20 };
+
 static fl_status fail_errno(fl_err *err, const char *verb, const char *path) {
     const int e = errno;
     const fl_status st = e == ENOENT ? FL_ENOENT : FL_EIO;
@@ -73,6 +75,28 @@ out:
     return st;
 }
 
+// At an address where a huge page of the file can be one of the memory: reading through small ones
+// costs a fifth of the bandwidth. Where the system has none for files, nothing is lost.
+static void *map_aligned(int fd, size_t size) {
+    if (size < HUGE_PAGE) return mmap(NULL, size, PROT_READ, MAP_SHARED, fd, 0);
+    const size_t room = size + HUGE_PAGE;
+    uint8_t *all = mmap(NULL, room, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (all == MAP_FAILED) return mmap(NULL, size, PROT_READ, MAP_SHARED, fd, 0);
+    const size_t before = (HUGE_PAGE - (uintptr_t)all % HUGE_PAGE) % HUGE_PAGE;
+    const size_t page = (size_t)sysconf(_SC_PAGESIZE), used = (size + page - 1) / page * page;
+    void *p = mmap(all + before, size, PROT_READ, MAP_SHARED | MAP_FIXED, fd, 0);
+    if (p == MAP_FAILED) {
+        const int saved = errno;
+        munmap(all, room);
+        errno = saved;
+        return p;
+    }
+    if (before > 0) munmap(all, before);
+    munmap(all + before + used, room - before - used);
+    (void)madvise(p, size, MADV_HUGEPAGE);
+    return p;
+}
+
 fl_status fl_map_open(const char *path, fl_map *ret, fl_err *err) {
     int fd;
     uint64_t size;
@@ -86,28 +110,34 @@ fl_status fl_map_open(const char *path, fl_map *ret, fl_err *err) {
         st = FL_FAIL(err, FL_ELIMIT, "%s is too large to map", path);
         goto out;
     }
-    void *p = fl_fault() ? (errno = ENOMEM, MAP_FAILED)
-                         : mmap(NULL, (size_t)size, PROT_READ, MAP_SHARED, fd, 0);
+    void *p = fl_fault() ? (errno = ENOMEM, MAP_FAILED) : map_aligned(fd, (size_t)size);
     if (p == MAP_FAILED) {
         st = fail_errno(err, "map", path);
         goto out;
     }
-    *ret = (fl_map){{p, (size_t)size}};
+    *ret = (fl_map){{p, (size_t)size}, fd};
+    fd = -1;
 out:
-    close(fd);
+    if (fd >= 0) close(fd);
     return st;
 }
 
 void fl_map_close(fl_map *map) {
-    if (map->bytes.data != NULL) munmap((void *)(uintptr_t)map->bytes.data, map->bytes.size);
+    if (map->bytes.data != NULL) {
+        munmap((void *)(uintptr_t)map->bytes.data, map->bytes.size);
+        close(map->fd);
+    }
     *map = (fl_map){0};
 }
 
+// Appended bytes go out by the huge page: that is how the page cache then holds them.
 struct fl_file {
     int fd;
-    uint64_t size;
+    uint64_t size; // with what is held back
+    size_t held_size;
     char path[PATH_MAX];
     char temporary[PATH_MAX];
+    uint8_t held[HUGE_PAGE]; // the file's last bytes, from a multiple of HUGE_PAGE on
 };
 
 fl_status fl_file_create(const char *path, fl_file **ret, fl_err *err) {
@@ -129,7 +159,7 @@ fl_status fl_file_create(const char *path, fl_file **ret, fl_err *err) {
     return FL_OK;
 }
 
-fl_status fl_file_write_at(fl_file *f, uint64_t offset, fl_bytes bytes, fl_err *err) {
+static fl_status write_out(fl_file *f, uint64_t offset, fl_bytes bytes, fl_err *err) {
     size_t done = 0;
     while (done < bytes.size) {
         const ssize_t n = fl_fault() ? (errno = ENOSPC, -1)
@@ -139,12 +169,34 @@ fl_status fl_file_write_at(fl_file *f, uint64_t offset, fl_bytes bytes, fl_err *
         if (n <= 0) return fail_errno(err, "write", f->path);
         done += (size_t)n;
     }
+    return FL_OK;
+}
+
+static fl_status write_held(fl_file *f, fl_err *err) {
+    const fl_bytes held = {f->held, f->held_size};
+    FL_TRY(write_out(f, f->size - f->held_size, held, err));
+    f->held_size = 0;
+    return FL_OK;
+}
+
+fl_status fl_file_write_at(fl_file *f, uint64_t offset, fl_bytes bytes, fl_err *err) {
+    FL_TRY(write_held(f, err));
+    FL_TRY(write_out(f, offset, bytes, err));
     if (offset + bytes.size > f->size) f->size = offset + bytes.size;
     return FL_OK;
 }
 
 fl_status fl_file_write(fl_file *f, fl_bytes bytes, fl_err *err) {
-    return fl_file_write_at(f, f->size, bytes, err);
+    while (bytes.size > 0) {
+        if (f->held_size > 0 && f->size % HUGE_PAGE == 0) FL_TRY(write_held(f, err));
+        const size_t room = HUGE_PAGE - (size_t)(f->size % HUGE_PAGE);
+        const size_t n = bytes.size < room ? bytes.size : room;
+        memcpy(f->held + f->held_size, bytes.data, n);
+        f->held_size += n;
+        f->size += n;
+        bytes = (fl_bytes){bytes.data + n, bytes.size - n};
+    }
+    return FL_OK;
 }
 
 // A rename is durable only when the folder that holds the name is.
@@ -168,7 +220,8 @@ static fl_status sync_folder_of(const char *path, fl_err *err) {
 fl_status fl_file_commit(fl_file **file, fl_err *err) {
     fl_file *f = *file;
     *file = NULL;
-    fl_status st = FL_OK;
+    fl_status st = write_held(f, err);
+    if (st != FL_OK) goto out;
     if (fl_fault() || fsync(f->fd) != 0) {
         st = fail_errno(err, "sync", f->path);
         goto out;

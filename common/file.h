@@ -12,6 +12,7 @@ fl_status fl_file_read(const char *path, size_t size_max, uint8_t **ret_data, si
 // A read-only mapping, shared between processes by the page cache.
 typedef struct fl_map {
     fl_bytes bytes;
+    int fd; // of the file, while it is mapped: for reads that should not map its pages
 } fl_map;
 fl_status fl_map_open(const char *path, fl_map *ret, fl_err *err) FL_NODISCARD;
 void fl_map_close(fl_map *map); // an empty map is fine

@@ -15,8 +15,9 @@
 //             multiplied as floats; bf16 rounds both to 8 bits first and takes what is below
 //             2^-126 as zero. One variant gives the same bits whatever the tokens, the column
 //             range, or a cut of the row range into ascending accumulated calls.
-//   Zeros     a row of w whose dy is zero for all tokens of a register block is not multiplied: a
-//             sparse dy costs less.
+//   Zeros     a row of w whose dy is zero for all tokens of a register block is not multiplied,
+//   nor,
+//             where most are, one that is zero for the token: a sparse dy costs less.
 //   Aliasing  dx overlaps nothing else.
 //   Errors    none; sizes and pointers are the caller's contract. Threads: pure; split by columns.
 #ifndef FL_KERNELS_GEMM_PACKED_DX_H
@@ -26,8 +27,8 @@
 #include "kernels/packed.h"
 
 enum {
-    FL_GEMM_PACKED_DX_ROWS = 128,      // of the float panel; a bf16 panel has twice as many
-    FL_GEMM_PACKED_DX_SCRATCH = 49152, // bytes: a panel, and dy in the order in which it is used
+    FL_GEMM_PACKED_DX_ROWS = 128,       // of the float panel; a bf16 panel has twice as many
+    FL_GEMM_PACKED_DX_SCRATCH = 184320, // bytes: a panel, and dy in the order of its use
 };
 
 // The block of W to go through; see Shape.

@@ -38,6 +38,7 @@ fl_x8 fl_x8_slice(const fl_x8 *x, uint32_t begin, uint32_t end);
 #define FL_QUANTISE_X8_LIST(X)                                                                     \
     X(ref, FL_CPU_NONE)                                                                            \
     FL_ON_X86(X(avx2, FL_CPU_AVX2))                                                                \
+    FL_ON_X86(X(avx512, FL_CPU_AVX512_VNNI))                                                       \
     FL_ON_ARM64(X(neon, FL_CPU_NEON))
 
 typedef void (*fl_quantise_x8_fn)(const float *x, uint32_t cols, const fl_x8 *ret, uint32_t token);

@@ -53,6 +53,7 @@ static inline float fl_xent_chance(uint32_t draw, size_t entry) {
 #define FL_XENT_LIST(X)                                                                            \
     X(ref, FL_CPU_NONE)                                                                            \
     FL_ON_X86(X(avx2, FL_CPU_AVX2 | FL_CPU_FMA))                                                   \
+    FL_ON_X86(X(avx512, FL_CPU_AVX512_VNNI))                                                       \
     FL_ON_ARM64(X(neon, FL_CPU_NEON))
 
 #define FL_XENT_UPDATE(tag)                                                                        \

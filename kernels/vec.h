@@ -17,4 +17,12 @@ double fl_vec_dot(size_t n, const float *x, const float *y);
 double fl_vec_sumsq(size_t n, const float *x);
 bool fl_vec_finite(size_t n, const float *x); // no NaN, no infinity
 
+// The largest magnitude as the bits of a float, which order as the magnitudes do, NaN above
+// infinity; 0 for n = 0.
+uint32_t fl_vec_most_bits(size_t n, const float *x);
+// h = fp16(a * x) and y = a * float(h): the bits of fl_f16_from_f32 and fl_f16_to_f32 (packed.h),
+// without a branch, for whole rows.
+void fl_vec_to_f16(size_t n, float a, const float *x, uint16_t *h);
+void fl_vec_from_f16(size_t n, float a, const uint16_t *h, float *y);
+
 #endif

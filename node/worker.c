@@ -3,6 +3,8 @@
 #include "common/checked.h"
 #include "common/clock.h"
 #include "node/commands/setup.h"
+#include "node/exits/head.h"
+#include "node/prefix_disk.h"
 #include "node/tune/evaluate.h"
 #include "node/tune/tuner.h"
 #include "proto/seal.h"
@@ -27,6 +29,9 @@ struct node_worker {
     bool open;
     uint8_t model_digest[FL_DIGEST_SIZE];
     node_corpus *corpus;
+    // States below the window outlive a task: a round is shorter than an epoch, and as long as the
+    // fleet trains what lies above them they are found again in the next.
+    node_prefix_home prefix;
     double base_nll; // held-out loss of the model without adapter; NAN until measured
 
     fl_task task;
@@ -64,6 +69,7 @@ fl_status node_worker_open(const node_worker_opts *opts, node_state *state, node
 
 static void close_model(node_worker *w) {
     if (!w->open) return;
+    node_prefix_home_close(&w->prefix);
     node_corpus_close(w->corpus);
     node_setup_close(&w->session);
     w->corpus = NULL;
@@ -209,8 +215,13 @@ static fl_status evaluate(node_worker *w, const node_adapter *a, bool all_exits,
                                  .all_exits = all_exits,
                                  .tokens_max = w->task.eval_tokens,
                                  .stop = &w->stop};
+    const node_model *m = w->session.model;
+    const node_resident_use use = {.layers = m->layers, .head_rows = NODE_HEAD_CHUNK};
     node_eval *eval = NULL;
-    FL_TRY(node_eval_open(&w->session.engine, w->session.model, lora, &opts, &eval, err));
+    uint64_t peak;
+    FL_TRY(node_setup_fit(&w->session, &use, w->opts.memory_bytes, node_eval_size(m, lora, &opts),
+                          &peak, err));
+    FL_TRY(node_eval_open(&w->session.engine, m, lora, &opts, &eval, err));
     const node_docs *docs = w->corpus->held.count > 0 ? &w->corpus->held : &w->corpus->train;
     const fl_status st =
         node_eval_run(eval, a == NULL || !all_exits ? NULL : &a->vote, docs, ret, err);
@@ -250,13 +261,17 @@ static node_tune_opts tune_opts(const node_worker *w) {
     for (uint32_t e = 0; e < t->exit_count; e++) {
         if (t->exit_layers[e] == t->exit_layer) o.window.exit = e;
     }
-    o.window.steps = t->steps;
     o.sequence = t->sequence;
     o.micro = t->micro_batch;
     o.lr = o.gain_lr = t->learning_rate;
     o.seed = t->seed ^ fl_get_u64(w->state->identity_key); // each node its own order
+    o.text_seed = fl_get_u64(w->state->identity_key);      // of the same micro-batches in each task
+    o.prefix_bytes = w->opts.prefix_bytes;
+    o.prefix_disk = w->opts.prefix_folder[0] == '\0' ? 0 : w->opts.prefix_disk;
     o.threads = fl_pool_threads(w->session.pool);
     o.memory_bytes = w->opts.memory_bytes;
+    o.resident_bytes = node_setup_bytes(&w->session);
+    o.stream = true;
     return o;
 }
 
@@ -360,6 +375,15 @@ static fl_status spool_window(node_worker *w, const node_adapter *a, const float
     return FL_OK;
 }
 
+// The cache of the last task if this one's plan has the same shape, else a new one.
+static fl_status open_prefix(node_worker *w, const node_prefix_shape *shape, fl_err *err) {
+    if (w->prefix.block != NULL && node_prefix_same_shape(&w->prefix.prefix.shape, shape))
+        return FL_OK;
+    node_prefix_home_close(&w->prefix);
+    if (shape->places + shape->store_places == 0) return FL_OK;
+    return node_prefix_home_open(shape, w->opts.prefix_folder, &w->prefix, err);
+}
+
 // Trains the window and spools what changed.
 static fl_status train(node_worker *w, node_adapter *a, fl_err *err) {
     const node_model *m = w->session.model;
@@ -377,6 +401,8 @@ static fl_status train(node_worker *w, node_adapter *a, fl_err *err) {
     void *block = NULL;
     fl_status st = tuner == NULL || before == NULL ? FL_FAIL(err, FL_ENOMEM, "no memory to tune")
                                                    : node_block_take(plan.arena_bytes, &block, err);
+    if (st == FL_OK) st = node_setup_place_weights(&w->session, &plan.resident, err);
+    if (st == FL_OK) st = open_prefix(w, &plan.prefix, err);
     if (st == FL_OK) {
         float *at = before;
         for (uint32_t i = 0; i < w->task.base_count; i++) {
@@ -387,6 +413,7 @@ static fl_status train(node_worker *w, node_adapter *a, fl_err *err) {
         uint64_t tokens = 0;
         fl_arena_init(&arena, block, plan.arena_bytes);
         node_tuner_bind(tuner, &w->session.engine, m, a, &w->corpus->train, &plan.opts, &arena);
+        if (w->prefix.block != NULL) node_tuner_use_prefix(tuner, &w->prefix.prefix);
         st = run_steps(w, tuner, &tokens, err);
         if (st == FL_OK) st = spool_window(w, a, before, tokens, err);
     }

@@ -7,9 +7,12 @@
 #include "node/state.h"
 
 typedef struct node_worker_opts {
-    const char *data;      // file or folder of private text
-    uint64_t memory_bytes; // of the whole process; 0: what the machine has
-    int64_t threads;       // 0: the machine's fast cores
+    const char *data;          // file or folder of private text
+    uint64_t memory_bytes;     // of the whole process; 0: what the machine has
+    int64_t threads;           // 0: the machine's fast cores
+    uint64_t prefix_bytes;     // memory for states that come again (node/tune/prefix.h); 0: none
+    const char *prefix_folder; // "": none on disk
+    uint64_t prefix_disk;      // bytes there
 } node_worker_opts;
 
 typedef struct node_worker node_worker;

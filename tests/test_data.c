@@ -219,25 +219,27 @@ typedef struct pack {
     uint64_t begin[41];
     node_docs docs;
     _Alignas(64) uint8_t block[1 << 16];
-    node_packer packer;
+    node_batches batches;
     node_micro micro;
 } pack;
 
-// 40 documents of 2 to 99 tokens, every token different.
-static pack *make_pack(uint32_t sequence, uint32_t tokens, bool shuffled) {
+// 40 documents of 1 to 98 tokens (the first has no input at all), every token different.
+static pack *make_pack(uint32_t sequence, uint64_t text_seed, uint64_t seed) {
     pack *p = calloc(1, sizeof(*p));
     T_NEED(p != NULL, "memory");
     for (int i = 0; i < 4000; i++) p->ids[i] = i;
-    for (int i = 0; i < 40; i++) p->begin[i + 1] = p->begin[i] + 2 + t_rand() % 98;
+    for (int i = 0; i < 40; i++) p->begin[i + 1] = p->begin[i] + 1 + (i == 0 ? 0 : t_rand() % 98);
     p->docs = (node_docs){p->ids, p->begin, 40};
     fl_arena arena;
     fl_arena_init(&arena, p->block, sizeof(p->block));
-    node_packer_bind(&p->packer, &p->docs, sequence, shuffled, 5, &arena);
-    node_micro_bind(&p->micro, tokens, &arena);
+    node_batches_bind(&p->batches, &p->docs, sequence, text_seed, seed, &arena);
+    node_micro_bind(&p->micro, sequence, &arena);
     return p;
 }
 
 static void check_micro(const node_micro *m) {
+    T_EQ(m->tokens, m->tokens_max);
+    T_EQ(m->scored, m->tokens_max);
     for (uint32_t i = 0; i < m->tokens; i++) {
         T_EQ(m->target[i], m->id[i] + 1);
         T_EQ(m->kv_row[i], i);
@@ -246,43 +248,72 @@ static void check_micro(const node_micro *m) {
     }
 }
 
-static void test_every_token_once_in_order(void) {
-    pack *p = make_pack(32, 64, false);
-    uint64_t seen = 0;
-    int32_t before = -1;
-    while (node_packer_fill(&p->packer, &p->micro, false)) {
-        check_micro(&p->micro);
-        for (uint32_t i = 0; i < p->micro.tokens; i++) {
-            T_CHECK(p->micro.id[i] > before, "in order");
-            before = p->micro.id[i];
+// Every input comes in every epoch, once but for those that fill the last micro-batch; a piece ends
+// only with its document or its micro-batch.
+static void test_every_input_in_every_epoch(void) {
+    for (uint32_t sequence = 16; sequence <= 4096; sequence = sequence * 2 + 5) {
+        pack *p = make_pack(sequence, 5, 5);
+        const uint64_t inputs = node_docs_inputs(&p->docs);
+        const uint32_t count = p->batches.count;
+        T_EQ(count, (inputs + sequence - 1) / sequence);
+        for (int epoch = 0; epoch < 3; epoch++) {
+            uint8_t seen[4000] = {0};
+            uint64_t distinct = 0, again = 0;
+            for (uint32_t i = 0; i < count; i++) {
+                const uint32_t index = node_batches_next(&p->batches);
+                T_NEED(index < count, "%u", index);
+                T_EQ(p->batches.epoch, epoch);
+                node_batches_fill(&p->batches, index, &p->micro);
+                check_micro(&p->micro);
+                for (uint32_t k = 0; k < sequence; k++) {
+                    const int32_t id = p->micro.id[k];
+                    distinct += seen[id] == 0, again += seen[id] != 0;
+                    seen[id] = 1;
+                    if (k + 1 == sequence || p->micro.pos[k + 1] > 0) continue;
+                    bool ends = false;
+                    for (int d = 0; d < 40; d++) ends = ends || p->begin[d + 1] == (uint64_t)id + 2;
+                    T_CHECK(ends, "a piece ends inside a document");
+                }
+            }
+            T_EQ(distinct, inputs);
+            T_EQ(again, (uint64_t)count * sequence - inputs);
         }
-        seen += p->micro.tokens;
-    }
-    T_EQ(seen, node_docs_inputs(&p->docs));
-    free(p);
-}
-
-static void test_training_batches_are_full(void) {
-    for (uint32_t sequence = 16; sequence <= 64; sequence += 7) {
-        pack *p = make_pack(sequence, sequence, true);
-        for (int i = 0; i < 300; i++) {
-            T_CHECK(node_packer_fill(&p->packer, &p->micro, true), "always");
-            T_EQ(p->micro.tokens, sequence);
-            T_EQ(p->micro.scored, sequence);
-            check_micro(&p->micro);
-        }
-        T_CHECK(p->packer.epoch >= 2, "%llu", (unsigned long long)p->packer.epoch);
-        // Another epoch, another order; the same epoch, the same.
-        uint32_t *first = malloc(p->packer.pieces * sizeof(*first));
-        node_packer_rewind(&p->packer, 1);
-        memcpy(first, p->packer.order, p->packer.pieces * sizeof(*first));
-        node_packer_rewind(&p->packer, 2);
-        T_CHECK(memcmp(first, p->packer.order, p->packer.pieces * sizeof(*first)) != 0, "epochs");
-        node_packer_rewind(&p->packer, 1);
-        T_CHECK(memcmp(first, p->packer.order, p->packer.pieces * sizeof(*first)) == 0, "again");
-        free(first);
         free(p);
     }
+}
+
+static void test_micro_batches_stay_their_order_does_not(void) {
+    pack *p = make_pack(32, 5, 5), *q = make_pack(32, 5, 6), *r = make_pack(32, 6, 5);
+    memcpy(q->ids, p->ids, sizeof(p->ids));
+    memcpy(q->begin, p->begin, sizeof(p->begin)); // the same text, bound anew
+    memcpy(r->begin, p->begin, sizeof(p->begin));
+    fl_arena arena;
+    fl_arena_init(&arena, q->block, sizeof(q->block));
+    node_batches_bind(&q->batches, &q->docs, 32, 5, 6, &arena);
+    node_micro_bind(&q->micro, 32, &arena);
+    fl_arena_init(&arena, r->block, sizeof(r->block));
+    node_batches_bind(&r->batches, &r->docs, 32, 6, 5, &arena);
+    node_micro_bind(&r->micro, 32, &arena);
+    const uint32_t count = p->batches.count;
+    uint32_t same_order = 0, same_text = 0, same_epoch = 0, first[300];
+    T_NEED(count > 20 && count < 300, "%u", count);
+    memcpy(first, p->batches.order, count * sizeof(*first));
+    for (uint32_t i = 0; i < count; i++) {
+        same_order += p->batches.order[i] == q->batches.order[i];
+        node_batches_fill(&p->batches, i, &p->micro);
+        node_batches_fill(&q->batches, i, &q->micro);
+        node_batches_fill(&r->batches, i, &r->micro);
+        T_CHECK(memcmp(p->micro.id, q->micro.id, 32 * sizeof(int32_t)) == 0, "the text seed alone");
+        same_text += memcmp(p->micro.id, r->micro.id, 32 * sizeof(int32_t)) == 0;
+    }
+    for (uint32_t i = 0; i <= count; i++) node_batches_next(&p->batches); // into the next epoch
+    for (uint32_t i = 0; i < count; i++) same_epoch += p->batches.order[i] == first[i];
+    T_CHECK(same_order < count / 2, "%u of %u turns", same_order, count);
+    T_CHECK(same_epoch < count / 2, "%u of %u turns", same_epoch, count);
+    T_CHECK(same_text < count / 2, "%u of %u micro-batches", same_text, count);
+    free(p);
+    free(q);
+    free(r);
 }
 
 T_MAIN({"documents_and_parts", test_documents_and_parts},
@@ -290,5 +321,5 @@ T_MAIN({"documents_and_parts", test_documents_and_parts},
        {"long_text_is_cut", test_long_text_is_cut},
        {"bad_text_is_refused", test_bad_text_is_refused},
        {"folder_and_every_failure", test_folder_and_every_failure},
-       {"every_token_once_in_order", test_every_token_once_in_order},
-       {"training_batches_are_full", test_training_batches_are_full})
+       {"every_input_in_every_epoch", test_every_input_in_every_epoch},
+       {"micro_batches_stay_their_order_does_not", test_micro_batches_stay_their_order_does_not})

@@ -5,6 +5,7 @@
 // doubles; sizes around every vector width; buffers that end at a guard page.
 #include "kernels/adamw.h"
 #include "kernels/dispatch.h"
+#include "kernels/packed.h"
 #include "kernels/rope.h"
 #include "kernels/vec.h"
 #include "tests/check.h"
@@ -415,8 +416,58 @@ static void test_vec(void) {
     T_CHECK(fl_vec_finite(0, NULL) && fl_vec_sumsq(0, NULL) == 0.0, "nothing");
 }
 
+// Every half, and floats of every exponent with every pattern that rounding looks at.
+static void test_f16_rows(void) {
+    enum { N = 1 << 16 };
+    uint16_t *h = malloc(N * sizeof(*h)), *back = malloc(N * sizeof(*back));
+    float *x = malloc(N * sizeof(*x)), *y = malloc(N * sizeof(*y));
+    uint32_t wrong = 0;
+    for (uint32_t i = 0; i < N; i++) h[i] = (uint16_t)i;
+    fl_vec_from_f16(N, 1.0f, h, y);
+    fl_vec_to_f16(N, 1.0f, y, back);
+    for (uint32_t i = 0; i < N; i++) {
+        const float want = fl_f16_to_f32(h[i]);
+        wrong += memcmp(&want, &y[i], sizeof(want)) != 0;
+        wrong += back[i] != fl_f16_from_f32(want);
+    }
+    T_EQ(wrong, 0);
+    for (uint32_t high = 0; high < 1 << 12; high++) { // sign, exponent, the mantissa's first 3 bits
+        for (uint32_t i = 0; i < 1 << 10; i++) {
+            // 13 bits are cut: about half a unit (7 values), or any.
+            const uint32_t cut = (i & 7u) == 7 ? (uint32_t)t_rand() & 0x1fffu : 0xffdu + (i & 7u);
+            const uint32_t bits = high << 20 | (i >> 3) << 13 | cut;
+            memcpy(&x[i], &bits, sizeof(bits));
+        }
+        fl_vec_to_f16(1 << 10, 1.0f, x, back);
+        for (uint32_t i = 0; i < 1 << 10; i++) wrong += back[i] != fl_f16_from_f32(x[i]);
+    }
+    T_EQ(wrong, 0);
+    for (size_t k = 0; k < FL_COUNT(sizes); k++) { // ends of rows, and the factors
+        const size_t n = sizes[k];
+        float *row = guarded(n), *out = guarded(n);
+        uint16_t *half = t_guarded(n * sizeof(*half));
+        fl_vec_to_f16(n, 0.25f, row, half);
+        fl_vec_from_f16(n, 4.0f, half, out);
+        uint32_t most = 0;
+        for (size_t i = 0; i < n; i++) {
+            T_EQ(half[i], fl_f16_from_f32(0.25f * row[i]));
+            T_NEAR((double)out[i], (double)row[i], 0x1p-11 * fabs((double)row[i]) + 0x1p-22,
+                   "back");
+            const float mag = fabsf(row[i]);
+            uint32_t bits;
+            memcpy(&bits, &mag, sizeof(bits));
+            most = bits > most ? bits : most;
+        }
+        T_EQ(fl_vec_most_bits(n, row), most);
+        release(row, n);
+        release(out, n);
+        t_guarded_free(half, n * sizeof(*half));
+    }
+    free(h), free(back), free(x), free(y);
+}
+
 T_MAIN({"rmsnorm", test_rmsnorm}, {"rope_turns_pairs", test_rope_turns_pairs},
        {"swiglu", test_swiglu}, {"xent", test_xent},
        {"pick_stays_in_its_chunk", test_pick_stays_in_its_chunk},
        {"xent_is_a_gradient", test_xent_is_a_gradient}, {"xent_thinning", test_xent_thinning},
-       {"adamw", test_adamw}, {"vec", test_vec})
+       {"adamw", test_adamw}, {"vec", test_vec}, {"f16_rows", test_f16_rows})

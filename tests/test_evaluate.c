@@ -225,7 +225,7 @@ static void test_fit_is_no_worse_than_the_last_exit(void) {
     T_EQ(vote.mode, NODE_VOTE_MIXTURE);
     node_eval_close(e);
     // Settled on halves: whatever it decides, the adapter's vote is at least the last exit's equal.
-    T_OK(node_eval_settle_vote(&r->engine, &r->t->model, r->adapter, &r->docs, 1, &result, &err),
+    T_OK(node_eval_settle_vote(&r->engine, &r->t->model, r->adapter, &r->docs, 0, 1, &result, &err),
          err);
     T_EQ(node_vote_check(&r->adapter->vote, NULL), FL_OK);
     T_EQ(result.vote.mode, r->adapter->vote.mode);

@@ -1,8 +1,7 @@
 // Goal: tuning keeps its promises: the plan is exact, a step allocates nothing and changes only its
 // window, the loss falls, and a run is a function of its seed. Method: small random models,
 // allocator calls counted, memory compared byte by byte, every refusal read.
-#include "node/tune/tuner.h"
-#include "tests/tiny_model.h"
+#include "tests/tune_rig.h"
 
 // Calls of the allocator from this program's objects: the linker leads them here (--wrap). Where
 // the sanitizer can tell, those of the C library count too.
@@ -61,75 +60,6 @@ static void count_allocations(void) {
 static void count_allocations(void) {}
 #endif
 
-// Documents that repeat a few token patterns: easy to learn.
-typedef struct text {
-    int32_t ids[2000];
-    uint64_t begin[9];
-    node_docs docs;
-} text;
-
-static void make_text(text *x, uint32_t vocabulary) {
-    for (uint32_t d = 0; d < 8; d++) {
-        x->begin[d] = d * 250;
-        for (uint32_t i = 0; i < 250; i++)
-            x->ids[d * 250 + i] = (int32_t)((i * (d % 2 + 1) + d) % (vocabulary / 3));
-    }
-    x->begin[8] = 2000;
-    x->docs = (node_docs){x->ids, x->begin, 8};
-}
-
-typedef struct rig {
-    tiny_model *t;
-    node_adapter *adapter;
-    fl_kern kern;
-    node_engine engine;
-    text text;
-    void *block;
-    node_tune_plan plan;
-    node_tuner tuner;
-    size_t peak;
-} rig;
-
-static rig *rig_open(const tiny_shape *shape) {
-    rig *r = calloc(1, sizeof(*r));
-    T_NEED(r != NULL, "memory");
-    r->t = tiny_open(shape);
-    fl_kern_select(&r->kern, fl_cpu_detect());
-    r->engine = (node_engine){&r->kern, NULL};
-    node_adapter_opts opts = {.rank = 4, .alpha = 8.0f, .seed = 3};
-    fl_err err;
-    T_OK(node_adapter_open(&r->t->model, &opts, &r->adapter, &err), err);
-    make_text(&r->text, shape->vocabulary);
-    return r;
-}
-
-static void rig_bind(rig *r, const node_tune_opts *opts) {
-    fl_err err;
-    fl_arena arena;
-    T_OK(node_tune_make_plan(&r->t->model, 4, &r->text.docs, opts, &r->plan, &err), err);
-    free(r->block);
-    r->block = aligned_alloc(64, (r->plan.arena_bytes + 63) / 64 * 64);
-    T_NEED(r->block != NULL, "memory");
-    fl_arena_init(&arena, r->block, r->plan.arena_bytes);
-    node_tuner_bind(&r->tuner, &r->engine, &r->t->model, r->adapter, &r->text.docs, &r->plan.opts,
-                    &arena);
-    r->peak = arena.peak;
-}
-
-static void rig_close(rig *r) {
-    free(r->block);
-    node_adapter_close(r->adapter);
-    tiny_close(r->t);
-    free(r);
-}
-
-static node_tune_opts small_opts(void) {
-    node_tune_opts o = node_tune_defaults();
-    o.sequence = 32;
-    o.chunk = 48;
-    return o;
-}
-
 static void check_plan(uint32_t sequence, uint32_t size, uint32_t kept, int kind) {
     tiny_shape shape = tiny_default;
     shape.bits = kind % 2 == 0 ? 0 : 4;
@@ -171,7 +101,7 @@ static void test_a_step_allocates_nothing(void) {
     const size_t start = allocations;
     for (int i = 0; i < 40; i++) node_tuner_step(&r->tuner, &report); // crosses epochs too
     T_EQ(allocations - start, 0);
-    T_CHECK(r->tuner.packer.epoch > 0, "the text went round");
+    T_CHECK(r->tuner.batches.epoch > 0, "the text went round");
     rig_close(r);
 }
 
@@ -224,14 +154,6 @@ static void test_a_step_changes_only_its_window(void) {
         }
     }
     rig_close(r);
-}
-
-static uint8_t *bytes_of(const node_adapter *a, size_t *ret_size) {
-    *ret_size = node_adapter_file_size(a);
-    uint8_t *p = malloc(*ret_size);
-    T_NEED(p != NULL, "memory");
-    node_adapter_encode(a, p);
-    return p;
 }
 
 // Runs 6 steps from the same start; what comes out as a file.
@@ -321,6 +243,7 @@ static void test_memory_is_refused_with_what_would_do(void) {
     rig *r = rig_open(&tiny_default);
     node_tune_opts o = node_tune_defaults();
     node_tune_plan plan, small;
+    o.prefix_bytes = 0;
     fl_err err;
     o.memory_bytes = 1000;
     T_EQ(node_tune_make_plan(&r->t->model, 4, &r->text.docs, &o, &plan, &err), FL_ENOMEM);
@@ -345,6 +268,66 @@ static void test_memory_is_refused_with_what_would_do(void) {
     o.memory_bytes++;
     T_OK(node_tune_make_plan(&r->t->model, 4, &r->text.docs, &o, &plan, &err), err);
     T_EQ(plan.peak_bytes, o.memory_bytes);
+    rig_close(r);
+}
+
+// The cache takes what the limit leaves, never more, and is bound to exactly what was planned.
+static void test_the_plan_counts_the_prefix_cache(void) {
+    rig *r = rig_open(&tiny_default);
+    node_tune_opts o = small_opts();
+    node_tune_plan bare, all, plan;
+    node_prefix prefix;
+    fl_arena arena;
+    fl_err err;
+    o.prefix_bytes = 0;
+    T_OK(node_tune_make_plan(&r->t->model, 4, &r->text.docs, &o, &bare, &err), err);
+    T_EQ(bare.prefix_bytes, 0);
+    o.prefix_bytes = 1 << 30;
+    T_OK(node_tune_make_plan(&r->t->model, 4, &r->text.docs, &o, &all, &err), err);
+    T_EQ(all.prefix.places, all.batches);
+    T_EQ(all.batches, (node_docs_inputs(&r->text.docs) + 31) / 32);
+    T_EQ(all.arena_bytes, bare.arena_bytes);
+    uint32_t before = 0;
+    for (uint64_t left = 0; left <= all.prefix_bytes + 4000; left += 997) {
+        o.memory_bytes = bare.peak_bytes + left;
+        T_OK(node_tune_make_plan(&r->t->model, 4, &r->text.docs, &o, &plan, &err), err);
+        T_CHECK(plan.peak_bytes <= o.memory_bytes, "%llu", (unsigned long long)plan.peak_bytes);
+        T_EQ(plan.peak_bytes, bare.peak_bytes + plan.prefix_bytes);
+        T_CHECK(plan.prefix.places >= before && plan.prefix.places <= all.batches, "more for more");
+        before = plan.prefix.places;
+        if (plan.prefix_bytes == 0) continue;
+        void *block = aligned_alloc(64, (plan.prefix_bytes + 63) / 64 * 64);
+        T_NEED(block != NULL, "memory");
+        fl_arena_init(&arena, block, plan.prefix_bytes);
+        node_prefix_bind(&prefix, &plan.prefix, NULL, &arena);
+        T_EQ(arena.peak, plan.prefix_bytes);
+        free(block);
+    }
+    T_EQ(before, all.batches);
+    // None where no state comes again.
+    o.memory_bytes = 0;
+    o.window.steps = all.batches;
+    T_OK(node_tune_make_plan(&r->t->model, 4, &r->text.docs, &o, &plan, &err), err);
+    T_EQ(plan.prefix_bytes, 0);
+    o.window.steps++;
+    T_OK(node_tune_make_plan(&r->t->model, 4, &r->text.docs, &o, &plan, &err), err);
+    T_CHECK(plan.prefix_bytes > 0, "the second epoch");
+    o.window.size = 4; // the window is the whole model
+    T_OK(node_tune_make_plan(&r->t->model, 4, &r->text.docs, &o, &plan, &err), err);
+    T_EQ(plan.prefix_bytes, 0);
+    o.window.size = 0;
+    for (int kind = NODE_WINDOW_CYCLIC; kind <= NODE_WINDOW_IMPORTANCE; kind++) {
+        o.window.kind = (node_window_kind)kind;
+        T_OK(node_tune_make_plan(&r->t->model, 4, &r->text.docs, &o, &plan, &err), err);
+        T_EQ(plan.prefix_bytes, 0);
+    }
+    o.window.kind = NODE_WINDOW_ORDERED;
+    o.window.steps = 2 * all.batches; // one epoch each
+    T_OK(node_tune_make_plan(&r->t->model, 4, &r->text.docs, &o, &plan, &err), err);
+    T_EQ(plan.prefix_bytes, 0);
+    o.window.steps = 4 * all.batches;
+    T_OK(node_tune_make_plan(&r->t->model, 4, &r->text.docs, &o, &plan, &err), err);
+    T_CHECK(plan.prefix_bytes > 0, "two epochs each");
     rig_close(r);
 }
 
@@ -411,6 +394,20 @@ static void test_windows(void) {
                 T_CHECK(seen[e] >= 10, "exit %d: %u of 100", e, seen[e]);
         }
     }
+    // Ordered windows stay for whole epochs, from below upwards, where an epoch fits.
+    for (uint64_t epoch = 1; epoch < 40; epoch += 3) {
+        const node_window_opts o = {
+            .kind = NODE_WINDOW_ORDERED, .steps = 100, .epoch_steps = epoch};
+        uint32_t runs[4] = {0}, exit = 0;
+        for (uint64_t step = 0; step < 100; step++) {
+            const node_window w = node_window_at(m, &o, step);
+            T_CHECK(w.exit >= exit, "upwards");
+            exit = w.exit;
+            runs[exit]++;
+        }
+        for (int e = 0; e < 3; e++) T_EQ(runs[e], epoch <= 25 ? 25 - 25 % epoch : 25);
+        T_EQ(node_window_held(m, &o), runs[0]);
+    }
     const node_window_opts skewed = {.kind = NODE_WINDOW_IMPORTANCE,
                                      .importance = {1e-6f, 1e-6f, 1.0f, 1e-6f}};
     for (uint64_t step = 0; step < 50; step++) T_EQ(node_window_at(m, &skewed, step).exit, 2);
@@ -430,4 +427,5 @@ T_MAIN({"plan_is_the_arena", test_plan_is_the_arena},
        {"a_gradient_that_is_not_finite_changes_nothing",
         test_a_gradient_that_is_not_finite_changes_nothing},
        {"memory_is_refused_with_what_would_do", test_memory_is_refused_with_what_would_do},
+       {"the_plan_counts_the_prefix_cache", test_the_plan_counts_the_prefix_cache},
        {"options_are_checked", test_options_are_checked}, {"windows", test_windows})

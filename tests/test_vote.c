@@ -16,6 +16,12 @@ static void make_logp(void) {
         }
 }
 
+static void distribution(const node_vote *v, float *logits, float *p) {
+    fl_kern kern;
+    fl_kern_select(&kern, fl_cpu_detect());
+    node_vote_distribution(&kern, v, VOCABULARY, logits, p);
+}
+
 static double mixture_nll(const node_vote *v, const float *lp, size_t n) {
     double nll = 0;
     for (size_t i = 0; i < n; i++) {
@@ -162,7 +168,7 @@ static void test_distribution_of_each_mode(void) {
                 softmax_ref(x + t * VOCABULARY, (double)v.tau[t], want[t]);
             }
             memcpy(scratch, x, sizeof(x));
-            node_vote_distribution(&v, VOCABULARY, scratch, p);
+            distribution(&v, scratch, p);
             double sum = 0, z = 0, q[VOCABULARY];
             for (size_t i = 0; i < VOCABULARY; i++) {
                 q[i] = mode == NODE_VOTE_LAST ? want[EXITS - 1][i] : 0;
@@ -195,7 +201,7 @@ static void test_max_follows_the_most_confident_exit(void) {
         node_vote v;
         node_vote_init(&v, EXITS);
         v.mode = NODE_VOTE_MAX;
-        node_vote_distribution(&v, VOCABULARY, x, p);
+        distribution(&v, x, p);
         for (size_t i = 0; i < VOCABULARY; i++) T_CHECK(p[i] <= p[winner], "entry %zu", i);
     }
 }
@@ -217,8 +223,8 @@ static void test_order_of_exits_is_irrelevant(void) {
         memcpy(a, x, sizeof(x));
         memcpy(b, y, sizeof(y));
         v.mode = w.mode = (node_vote_mode)mode;
-        node_vote_distribution(&v, VOCABULARY, a, p);
-        node_vote_distribution(&w, VOCABULARY, b, q);
+        distribution(&v, a, p);
+        distribution(&w, b, q);
         for (size_t i = 0; i < VOCABULARY; i++) T_NEAR(p[i], q[i], 1e-6, "entry %zu", i);
     }
 }
@@ -228,9 +234,9 @@ static void test_one_exit_is_the_model(void) {
     for (size_t i = 0; i < VOCABULARY; i++) x[i] = y[i] = 5.0f * t_randf();
     node_vote v;
     node_vote_init(&v, 1);
-    node_vote_distribution(&v, VOCABULARY, x, p);
+    distribution(&v, x, p);
     v.mode = NODE_VOTE_MIXTURE;
-    node_vote_distribution(&v, VOCABULARY, y, q);
+    distribution(&v, y, q);
     for (size_t i = 0; i < VOCABULARY; i++) T_NEAR(p[i], q[i], 1e-7, "entry %zu", i);
 }
 

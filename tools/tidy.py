@@ -25,7 +25,8 @@ MODULES = {
     "aggregate": (["coordinator/aggregate*"], "base kernels wire"),
     "store": (["coordinator/store*"], "base sys crypto"),
     "web": (["coordinator/web*"], "base sys"),
-    "node program": (["node/main", "node/loop", "node/worker", "node/state", "node/commands/*"],
+    "node program": (["node/main", "node/loop", "node/worker", "node/state", "node/prefix_disk",
+                      "node/commands/*"],
                      "base sys crypto kernels wire channel link model luc exits tune schedule "
                      "client serve"),
     "coordinator program": (["coordinator/main", "coordinator/loop*", "coordinator/commands/*",

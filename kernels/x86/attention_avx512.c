@@ -50,11 +50,13 @@ static void turn(size_t size, const float *rows, size_t stride, size_t count, fl
         for (size_t j = 0; j < ROWS; j++) ret[(c + i) * ROWS + j] = row[j][c + i];
 }
 
-// dot[i] = the inner products of n queries with all rows that were turned.
-// q: every MANY of them interleaved, see below.
-FL_INLINE void dots(int n, size_t size, const float *q, const float *turned,
+// dot[i] = the inner products of query q[i] with all rows that were turned, i < n.
+FL_INLINE void dots(int n, size_t size, const float *const *q, const float *turned,
                     __m512 (*dot)[HALVES]) {
+    const float *at[MANY]; // in registers: nothing written here may be what q points to
     __m512 sum[MANY][HALVES];
+#pragma GCC unroll 8
+    for (int i = 0; i < n; i++) at[i] = q[i];
 #pragma GCC unroll 8
     for (int i = 0; i < n; i++) sum[i][0] = sum[i][1] = _mm512_setzero_ps();
 #pragma GCC unroll 1
@@ -63,7 +65,7 @@ FL_INLINE void dots(int n, size_t size, const float *q, const float *turned,
         const __m512 high = _mm512_load_ps(turned + c * ROWS + LANES);
 #pragma GCC unroll 8
         for (int i = 0; i < n; i++) {
-            const __m512 x = _mm512_set1_ps(q[c * MANY + (size_t)i]);
+            const __m512 x = _mm512_set1_ps(at[i][c]);
             sum[i][0] = _mm512_fmadd_ps(x, low, sum[i][0]);
             sum[i][1] = _mm512_fmadd_ps(x, high, sum[i][1]);
         }
@@ -72,7 +74,7 @@ FL_INLINE void dots(int n, size_t size, const float *q, const float *turned,
     for (int i = 0; i < n; i++) dot[i][0] = sum[i][0], dot[i][1] = sum[i][1];
 }
 
-static void dots_any(int n, size_t size, const float *q, const float *turned,
+static void dots_any(int n, size_t size, const float *const *q, const float *turned,
                      __m512 (*dot)[HALVES]) {
     if (n == MANY) {
         dots(MANY, size, q, turned, dot);
@@ -154,11 +156,15 @@ typedef struct queries {
     const fl_attention *a;
     uint32_t t, h, heads, count; // count: tokens by heads
     float max[TOKENS * HEADS], sum[TOKENS * HEADS];
-    float *side_by_side; // every MANY of them, interleaved
 } queries;
 
 static size_t query_at(const queries *q, uint32_t i) {
     return (q->t + i / q->heads) * q->a->q_stride + (q->h + i % q->heads) * (size_t)q->a->head_size;
+}
+
+// The rows of x, q or dout, that belong to queries [i, i + n).
+FL_INLINE void rows_of(const queries *q, const float *x, uint32_t i, int n, const float **ret) {
+    for (int k = 0; k < n; k++) ret[k] = x + query_at(q, i + (uint32_t)k);
 }
 
 // Rows of a block from `row` that query i sees.
@@ -181,7 +187,8 @@ FL_INLINE float softmax_block(const __m512 *dot, size_t seen, float scale, queri
     const __m512 e1 = fl_exp16(_mm512_sub_ps(s1, _mm512_set1_ps(max)));
     _mm512_store_ps(p, e0);
     _mm512_store_ps(p + LANES, e1);
-    const float shrink = _mm512_cvtss_f32(fl_exp16(_mm512_set1_ps(old - max)));
+    // Mostly the maximum stays, and exp(0) is exactly 1.
+    const float shrink = old == max ? 1.0f : _mm512_cvtss_f32(fl_exp16(_mm512_set1_ps(old - max)));
     q->max[i] = max;
     q->sum[i] = q->sum[i] * shrink + _mm512_reduce_add_ps(_mm512_add_ps(e0, e1));
     return shrink;
@@ -193,9 +200,10 @@ FL_INLINE void forward_some(size_t size, queries *q, uint32_t i, int n, uint32_t
     __m512 dot[MANY][HALVES];
     _Alignas(64) float p[MANY * ROWS];
     blend b = {.coef = p};
-    const float *v = q->a->v + kv;
+    const float *v = q->a->v + kv, *rows[MANY];
     bool same = true;
-    dots_any(n, size, q->side_by_side + i * size, turned, dot);
+    rows_of(q, q->a->q, i, n, rows);
+    dots_any(n, size, rows, turned, dot);
     for (int k = 0; k < n; k++) {
         const uint32_t at = i + (uint32_t)k;
         const size_t seen = rows_seen(q, at, row);
@@ -211,23 +219,12 @@ FL_INLINE void forward_some(size_t size, queries *q, uint32_t i, int n, uint32_t
         weigh_some(1, size, false, &b, k, v, q->a->kv_stride, rows_seen(q, i + (uint32_t)k, row));
 }
 
-// The rows of x, q or dout, that belong to queries [i, i + MANY), side by side as `dots` reads
-// them: ret[size][MANY].
-static void interleave(size_t size, const queries *q, const float *x, uint32_t i, float *ret) {
-    for (uint32_t k = 0; k < MANY && i + k < q->count; k++) {
-        const float *row = x + query_at(q, i + k);
-        for (size_t c = 0; c < size; c++) ret[c * MANY + k] = row[c];
-    }
-}
-
 static void forward_begin(size_t size, queries *q) {
     for (uint32_t i = 0; i < q->count; i++) {
         float *out = q->a->out + query_at(q, i);
         q->max[i] = -INFINITY, q->sum[i] = 0.0f;
         for (size_t d = 0; d < size; d++) out[d] = 0.0f;
     }
-    for (uint32_t i = 0; i < q->count; i += MANY)
-        interleave(size, q, q->a->q, i, q->side_by_side + i * size);
 }
 
 static void forward_end(size_t size, const queries *q) {
@@ -254,12 +251,10 @@ static void fetch(size_t size, const fl_attention *a, size_t kv, uint32_t row, u
 // Tokens of one run, heads that share a key/value head.
 FL_INLINE void forward_run(const size_t size, queries *q) {
     _Alignas(64) float turned[FL_HEAD_SIZE_MAX * ROWS];
-    float side_by_side[TOKENS * HEADS * FL_HEAD_SIZE_MAX];
     const fl_attention *a = q->a;
     const float scale = 1.0f / sqrtf((float)size);
     const uint32_t tokens = q->count / q->heads;
     const uint32_t begin = a->kv_begin[q->t], end = a->kv_row[q->t + tokens - 1] + 1;
-    q->side_by_side = side_by_side;
     forward_begin(size, q);
     for (uint32_t row = begin; row < end; row += ROWS) {
         const size_t kv = row * a->kv_stride + q->h / (a->heads / a->kv_heads) * size;
@@ -317,23 +312,21 @@ static float inner(size_t size, const float *x, const float *y) {
     return _mm512_reduce_add_ps(sum);
 }
 
-// One head's queries and gradients of one run of tokens.
-typedef struct head_rows {
-    float q[TOKENS * FL_HEAD_SIZE_MAX], dout[TOKENS * FL_HEAD_SIZE_MAX]; // every MANY interleaved
-    float delta[TOKENS];
-} head_rows;
-
 // p and ds of tokens [i, i + n).
-static void square_rows(size_t size, const queries *q, const head_rows *head, uint32_t i, int n,
-                        const block_rows *rows, square *sq) {
+static void square_rows(size_t size, const fl_attention_grad *g, const queries *q,
+                        const float *deltas, uint32_t i, int n, const block_rows *rows,
+                        square *sq) {
     const __m512 scale = _mm512_set1_ps(1.0f / sqrtf((float)size));
     __m512 s[MANY][HALVES], dp[MANY][HALVES];
-    dots_any(n, size, head->q + i * size, rows->k, s);
-    dots_any(n, size, head->dout + i * size, rows->v, dp);
+    const float *of[MANY];
+    rows_of(q, q->a->q, i, n, of);
+    dots_any(n, size, of, rows->k, s);
+    rows_of(q, g->dout, i, n, of);
+    dots_any(n, size, of, rows->v, dp);
     for (int k = 0; k < n; k++) {
         const uint32_t at = i + (uint32_t)k;
         const __m512 lse = _mm512_set1_ps(q->a->lse[(size_t)(q->t + at) * q->a->heads + q->h]);
-        const __m512 delta = _mm512_set1_ps(head->delta[at]);
+        const __m512 delta = _mm512_set1_ps(deltas[at]);
         for (int half = 0; half < HALVES; half++) {
             const __m512 p = fl_exp16(_mm512_sub_ps(_mm512_mul_ps(s[k][half], scale), lse));
             const __m512 d = _mm512_mul_ps(_mm512_sub_ps(dp[k][half], delta), scale);
@@ -382,14 +375,11 @@ FL_INLINE void backward_run(const size_t size, const fl_attention_grad *g, const
     _Alignas(64) float k[FL_HEAD_SIZE_MAX * ROWS], v[FL_HEAD_SIZE_MAX * ROWS];
     const fl_attention *a = q->a;
     const uint32_t end = a->kv_row[q->t + q->count - 1] + 1;
-    head_rows head;
+    float delta[TOKENS];
     square sq;
     for (uint32_t i = 0; i < q->count; i++) {
         const size_t at = query_at(q, i);
-        head.delta[i] = inner(size, g->dout + at, a->out + at);
-        if (i % MANY != 0) continue;
-        interleave(size, q, a->q, i, head.q + i * size);
-        interleave(size, q, g->dout, i, head.dout + i * size);
+        delta[i] = inner(size, g->dout + at, a->out + at);
     }
     for (uint32_t row = a->kv_begin[q->t]; row < end; row += ROWS) {
         const size_t kv = row * a->kv_stride + q->h / (a->heads / a->kv_heads) * size;
@@ -399,7 +389,7 @@ FL_INLINE void backward_run(const size_t size, const fl_attention_grad *g, const
         turn(size, a->v + kv, a->kv_stride, there, v);
         for (uint32_t i = 0; i < q->count; i += MANY) {
             const uint32_t left = q->count - i;
-            square_rows(size, q, &head, i, left < MANY ? (int)left : MANY, &rows, &sq);
+            square_rows(size, g, q, delta, i, left < MANY ? (int)left : MANY, &rows, &sq);
         }
         add_queries(size, g, q, &rows, &sq);
         add_rows(size, q, &rows, sq.ds, a->q, g->dk);

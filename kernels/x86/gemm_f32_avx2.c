@@ -4,8 +4,8 @@
 
 #include <immintrin.h>
 
-#define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 8")
+#define INLINE                  static inline __attribute__((always_inline))
+#define UNROLL                  _Pragma("GCC unroll 8")
 #define MULTIPLY_ADD(sum, x, y) ((sum) = _mm256_fmadd_ps(x, y, sum))
 
 static const int32_t mask_bits[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};
@@ -31,8 +31,8 @@ INLINE void store(float *p, const bool tail, __m256i mask, __m256 v) {
 // Sums of the lanes of four vectors; each is ((0+4) + (1+5)) + ((2+6) + (3+7)).
 INLINE __m128 sum4(const __m256 *v) {
     __m128 h[4];
-    UNROLL for (int i = 0; i < 4; i++)
-        h[i] = _mm_add_ps(_mm256_castps256_ps128(v[i]), _mm256_extractf128_ps(v[i], 1));
+    UNROLL for (int i = 0; i < 4; i++) h[i] =
+        _mm_add_ps(_mm256_castps256_ps128(v[i]), _mm256_extractf128_ps(v[i], 1));
     return _mm_hadd_ps(_mm_hadd_ps(h[0], h[1]), _mm_hadd_ps(h[2], h[3]));
 }
 
@@ -41,8 +41,8 @@ INLINE __m128 sum4(const __m256 *v) {
 INLINE void nt_block(const size_t mt, const size_t nr, size_t k, const float *x, size_t ldx,
                      const float *w, size_t ldw, float *y, size_t ldy) {
     __m256 acc[3][4], xv[3];
-    UNROLL for (size_t a = 0; a < mt; a++)
-        UNROLL for (size_t b = 0; b < 4; b++) acc[a][b] = _mm256_setzero_ps();
+    UNROLL for (size_t a = 0; a < mt; a++) UNROLL for (size_t b = 0; b < 4; b++) acc[a][b] =
+        _mm256_setzero_ps();
     size_t i = 0;
     for (; i + 8 <= k; i += 8) {
         UNROLL for (size_t a = 0; a < mt; a++) xv[a] = _mm256_loadu_ps(x + a * ldx + i);
@@ -70,8 +70,7 @@ INLINE void nt_block(const size_t mt, const size_t nr, size_t k, const float *x,
 INLINE void nt_tokens(const size_t nr, size_t tokens, size_t k, const float *x, size_t ldx,
                       const float *w, size_t ldw, float *y, size_t ldy) {
     size_t t = 0;
-    for (; t + 3 <= tokens; t += 3)
-        nt_block(3, nr, k, x + t * ldx, ldx, w, ldw, y + t * ldy, ldy);
+    for (; t + 3 <= tokens; t += 3) nt_block(3, nr, k, x + t * ldx, ldx, w, ldw, y + t * ldy, ldy);
     if (tokens - t == 2) nt_block(2, nr, k, x + t * ldx, ldx, w, ldw, y + t * ldy, ldy);
     if (tokens - t == 1) nt_block(1, nr, k, x + t * ldx, ldx, w, ldw, y + t * ldy, ldy);
 }
@@ -87,10 +86,18 @@ FL_GEMM_F32_NT(avx2) {
             const float *wj = w + j * ldw;
             float *yj = y + t * ldy + j;
             switch (n - j) {
-            case 1: nt_tokens(1, count, k, xt, ldx, wj, ldw, yj, ldy); break;
-            case 2: nt_tokens(2, count, k, xt, ldx, wj, ldw, yj, ldy); break;
-            case 3: nt_tokens(3, count, k, xt, ldx, wj, ldw, yj, ldy); break;
-            default: nt_tokens(4, count, k, xt, ldx, wj, ldw, yj, ldy); break;
+            case 1:
+                nt_tokens(1, count, k, xt, ldx, wj, ldw, yj, ldy);
+                break;
+            case 2:
+                nt_tokens(2, count, k, xt, ldx, wj, ldw, yj, ldy);
+                break;
+            case 3:
+                nt_tokens(3, count, k, xt, ldx, wj, ldw, yj, ldy);
+                break;
+            default:
+                nt_tokens(4, count, k, xt, ldx, wj, ldw, yj, ldy);
+                break;
             }
         }
     }
@@ -109,8 +116,7 @@ INLINE void nn_block(const size_t mt, const size_t nv, const bool tail, __m256i 
         }
     }
     for (size_t j = 0; j < n; j++, w += ldw) {
-        UNROLL for (size_t b = 0; b < nv; b++)
-            wv[b] = load(w + 8 * b, tail && b == nv - 1, mask);
+        UNROLL for (size_t b = 0; b < nv; b++) wv[b] = load(w + 8 * b, tail && b == nv - 1, mask);
         UNROLL for (size_t a = 0; a < mt; a++) {
             const __m256 g = _mm256_broadcast_ss(dy + a * lddy + j);
             UNROLL for (size_t b = 0; b < nv; b++) MULTIPLY_ADD(acc[a][b], g, wv[b]);
@@ -171,15 +177,14 @@ FL_GEMM_F32_NN(avx2) {
 }
 
 // nj rows of db by one vector of ranks.
-INLINE void tn_block(const size_t nj, const bool tail, __m256i mask, size_t tokens,
-                     const float *dy, size_t lddy, const float *u, size_t ldu, float *db,
-                     size_t lddb) {
+INLINE void tn_block(const size_t nj, const bool tail, __m256i mask, size_t tokens, const float *dy,
+                     size_t lddy, const float *u, size_t ldu, float *db, size_t lddb) {
     __m256 acc[8];
     UNROLL for (size_t b = 0; b < nj; b++) acc[b] = load(db + b * lddb, tail, mask);
     for (size_t t = 0; t < tokens; t++, dy += lddy, u += ldu) {
         const __m256 uv = load(u, tail, mask);
-        UNROLL for (size_t b = 0; b < nj; b++)
-            acc[b] = _mm256_fmadd_ps(_mm256_broadcast_ss(dy + b), uv, acc[b]);
+        UNROLL for (size_t b = 0; b < nj; b++) acc[b] =
+            _mm256_fmadd_ps(_mm256_broadcast_ss(dy + b), uv, acc[b]);
     }
     UNROLL for (size_t b = 0; b < nj; b++) store(db + b * lddb, tail, mask, acc[b]);
 }
@@ -189,8 +194,7 @@ INLINE void tn_rows(const bool tail, __m256i mask, size_t tokens, size_t n, cons
     size_t j = 0;
     for (; j + 8 <= n; j += 8)
         tn_block(8, tail, mask, tokens, dy + j, lddy, u, ldu, db + j * lddb, lddb);
-    for (; j < n; j++)
-        tn_block(1, tail, mask, tokens, dy + j, lddy, u, ldu, db + j * lddb, lddb);
+    for (; j < n; j++) tn_block(1, tail, mask, tokens, dy + j, lddy, u, ldu, db + j * lddb, lddb);
 }
 
 FL_GEMM_F32_TN(avx2) {
@@ -236,15 +240,46 @@ INLINE void up_tokens(const bool tail, const __m256i *mask, size_t tokens, size_
         up_block(1, tail, mask, rank, s, u + t * ldu, ldu, bt, y + t * ldy, ldy);
 }
 
+// ret[r][c] = b[c][r] for 8 by 8 floats; rows of ret are 16 apart.
+static void turn_8(const float *b, size_t ldb, float *ret) {
+    __m256 h[8]; // h[i]: columns 0..3 of row i, then of row i + 4; h[i + 4]: columns 4..7
+    UNROLL for (size_t i = 0; i < 4; i++) {
+        const float *low = b + i * ldb, *high = b + (i + 4) * ldb;
+        h[i] =
+            _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(low)), _mm_loadu_ps(high), 1);
+        h[i + 4] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(low + 4)),
+                                        _mm_loadu_ps(high + 4), 1);
+    }
+    UNROLL for (size_t half = 0; half < 2; half++) {
+        const __m256 *q = h + 4 * half;
+        const __m256 a = _mm256_unpacklo_ps(q[0], q[1]), c = _mm256_unpackhi_ps(q[0], q[1]);
+        const __m256 d = _mm256_unpacklo_ps(q[2], q[3]), e = _mm256_unpackhi_ps(q[2], q[3]);
+        float *to = ret + 64 * half;
+        _mm256_storeu_ps(to, _mm256_shuffle_ps(a, d, 0x44));
+        _mm256_storeu_ps(to + 16, _mm256_shuffle_ps(a, d, 0xee));
+        _mm256_storeu_ps(to + 32, _mm256_shuffle_ps(c, e, 0x44));
+        _mm256_storeu_ps(to + 48, _mm256_shuffle_ps(c, e, 0xee));
+    }
+}
+
+// bt[rank][16] from the first `cols` rows of b; the rest is zero.
+static void turn_rows(size_t rank, size_t cols, const float *b, size_t ldb, float *bt) {
+    size_t r = 0;
+    for (; r + 8 <= rank && cols == 16; r += 8) {
+        turn_8(b + r, ldb, bt + 16 * r);
+        turn_8(b + 8 * ldb + r, ldb, bt + 16 * r + 8);
+    }
+    for (; r < rank; r++)
+        for (size_t c = 0; c < 16; c++) bt[16 * r + c] = c < cols ? b[c * ldb + r] : 0.0f;
+}
+
 FL_GEMM_F32_RANK_UP(avx2) {
     float bt[FL_RANK_MAX * 16];
     const __m256 sv = _mm256_set1_ps(s);
     for (size_t j = 0; j < n; j += 16) {
         const size_t cols = n - j < 16 ? n - j : 16;
         const __m256i mask[2] = {mask_of(cols < 8 ? cols : 8), mask_of(cols < 8 ? 0 : cols - 8)};
-        for (size_t c = 0; c < 16; c++)
-            for (size_t r = 0; r < rank; r++)
-                bt[16 * r + c] = c < cols ? b[(j + c) * ldb + r] : 0.0f;
+        turn_rows(rank, cols, b + j * ldb, ldb, bt);
         if (cols == 16)
             up_tokens(false, mask, tokens, rank, sv, u, ldu, bt, y + j, ldy);
         else

@@ -14,6 +14,7 @@
 typedef struct generate_opts {
     char model[FL_SETTING_TEXT_MAX], adapter[FL_SETTING_TEXT_MAX], prompt[FL_SETTING_TEXT_MAX];
     int64_t tokens, seed, top_k, threads;
+    uint64_t memory;
     double temperature, top_p;
     bool chat, any_base, stats;
 } generate_opts;
@@ -37,6 +38,8 @@ static const fl_setting table[] = {
      "accept an adapter of a model with the same shapes but other weights", SET(any_base)},
     {NULL, "stats", FL_KIND_FLAG, NULL, 0, 0, "no", "print tokens a second on standard error",
      SET(stats)},
+    {NULL, "memory", FL_KIND_SIZE, "SIZE", 0, 0, "0",
+     "resident memory of the whole process; 0: what is free", SET(memory)},
     {NULL, "threads", FL_KIND_INTEGER, "N", 0, 64, "0", "threads; 0: the machine's fast cores",
      SET(threads)},
 };
@@ -55,6 +58,7 @@ typedef struct writer {
     node_scratch *scratch;
     float *logits, *p; // [exits][vocabulary], [vocabulary]
     node_candidate *candidates;
+    uint64_t peak; // planned
 } writer;
 
 static fl_status encode(const generate_opts *o, const node_setup *s, int32_t **ret_ids,
@@ -110,6 +114,8 @@ static fl_status open_writer(writer *w, size_t prompt, const generate_opts *o, v
     const size_t rest =
         arena.peak + m->vocabulary * (sizeof(float) * (m->exits + 1) + sizeof(node_candidate));
     const size_t size = session_size + rest + 4096; // seams between the parts
+    const node_resident_use use = {.layers = m->layers, .head_rows = w->head.chunk};
+    FL_TRY(node_setup_fit(w->setup, &use, o->memory, size, &w->peak, err));
     FL_TRY(node_block_take(size, ret_block, err));
     fl_arena_init(&arena, *ret_block, size);
     bind(w, &opts, &arena);
@@ -151,10 +157,12 @@ static fl_status write_text(writer *w, const generate_opts *o, const int32_t *id
     }
     printf("\n");
     const double write_s = fl_clock_s() - start - prompt_s;
-    if (o->stats)
-        fprintf(stderr, "prompt %zu tokens, %.1f/s; written %lld, %.1f/s; peak %.1f MB\n", count,
-                (double)count / prompt_s, (long long)written, (double)written / write_s,
-                (double)node_rss_peak() / 1e6);
+    if (!o->stats) return FL_OK;
+    fprintf(stderr,
+            "prompt %zu tokens, %.1f/s; written %lld, %.1f/s; peak %.1f MB (planned %.1f)\n", count,
+            (double)count / prompt_s, (long long)written, (double)written / write_s,
+            (double)node_rss_peak() / 1e6, (double)w->peak / 1e6);
+    node_setup_print_streamed(s, prompt_s + write_s, stderr);
     return FL_OK;
 }
 

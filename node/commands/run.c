@@ -18,7 +18,8 @@ typedef struct run_settings {
     int64_t threads;
     double pause_c, resume_c;
     int64_t hour_first, hour_last;
-    uint64_t disk_free;
+    uint64_t disk_free, prefix_cache, prefix_disk;
+    char prefix_folder[FL_SETTING_TEXT_MAX];
     bool log_json;
 } run_settings;
 
@@ -32,6 +33,13 @@ static const fl_setting settings[] = {
      SET(threads)},
     {"limits", "disk_free", FL_KIND_SIZE, "SIZE", 0, 0, "200M",
      "pause when less than this is free on the disk", SET(disk_free)},
+    {"limits", "prefix_cache", FL_KIND_SIZE, "SIZE", 0, 0, "64M",
+     "of the memory, for states of layers below the window that come again; 0: none",
+     SET(prefix_cache)},
+    {"limits", "prefix_folder", FL_KIND_TEXT, "FOLDER", 0, 0, "",
+     "keep more of them here on disk, sealed, while the agent runs", SET(prefix_folder)},
+    {"limits", "prefix_disk", FL_KIND_SIZE, "SIZE", 0, 0, "1G", "of that disk, at most",
+     SET(prefix_disk)},
     {"policy", "pause_celsius", FL_KIND_NUMBER, "degrees", 30, 120, "75",
      "pause at this temperature", SET(pause_c)},
     {"policy", "resume_celsius", FL_KIND_NUMBER, "degrees", 20, 119, "65",
@@ -94,8 +102,12 @@ static fl_status run_agent(const run_settings *set, node_state *state, fl_err *e
     node_facts facts;
     node_facts_read("", &facts);
     const uint64_t memory = node_facts_memory_budget(&facts, set->memory);
-    const node_worker_opts worker_opts = {
-        .data = set->data, .memory_bytes = memory, .threads = set->threads};
+    const node_worker_opts worker_opts = {.data = set->data,
+                                          .memory_bytes = memory,
+                                          .threads = set->threads,
+                                          .prefix_bytes = set->prefix_cache,
+                                          .prefix_folder = set->prefix_folder,
+                                          .prefix_disk = set->prefix_disk};
     node_worker *worker = NULL;
     FL_TRY(node_worker_open(&worker_opts, state, &worker, err));
     const node_loop_opts opts = {
@@ -129,6 +141,7 @@ static int run(const void *options) {
     struct sigaction stop = {.sa_handler = node_loop_stop};
     sigaction(SIGTERM, &stop, NULL);
     sigaction(SIGINT, &stop, NULL);
+    signal(SIGXFSZ, SIG_IGN); // a file size limit is a full disk: the write fails
     fl_status st = node_state_dir(o->state, folder, sizeof(folder), &err);
     if (st == FL_OK) st = load_settings(o, folder, &set, &err);
     if (st == FL_OK) st = check_enrolled(folder, &err);

@@ -3,6 +3,9 @@
 #include "common/file.h"
 #include "node/model/unicode.h"
 
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -76,6 +79,52 @@ uint64_t node_rss_now(void) {
 uint64_t node_rss_peak(void) {
     struct rusage u;
     return getrusage(RUSAGE_SELF, &u) == 0 ? (uint64_t)u.ru_maxrss << 10 : 0;
+}
+
+uint64_t node_setup_bytes(const node_setup *s) {
+    enum { CODE = 1 << 20 }; // code and tables of the program that were not touched yet
+    node_resident_close(s->model);
+    node_resident_drop(s->model);
+#ifdef __GLIBC__
+    malloc_trim(0);
+#endif
+    return node_rss_now() + CODE;
+}
+
+fl_status node_setup_place_weights(node_setup *s, const node_resident_plan *plan, fl_err *err) {
+    node_resident_close(s->model);
+    const uint64_t cache = node_facts_memory_budget(&s->facts, 0);
+    return node_resident_open(s->model, plan, plan->ring != 0 && cache < s->model->bytes, err);
+}
+
+fl_status node_setup_fit(node_setup *s, const node_resident_use *use, uint64_t memory, size_t block,
+                         uint64_t *ret_peak, fl_err *err) {
+    const uint64_t limit = node_facts_memory_budget(&s->facts, memory);
+    const uint64_t rest = node_setup_bytes(s) + block;
+    node_resident_plan plan;
+    if (!node_resident_make_plan(s->model, use, limit > rest ? limit - rest : 1, &plan))
+        return FL_FAIL(err, FL_ENOMEM, "that does not fit %.0f MB: it needs %.0f MB",
+                       (double)limit / 1e6, (double)(rest + plan.least) / 1e6 + 1);
+    const uint64_t opened = node_rss_peak();
+    *ret_peak = rest + plan.bytes > opened ? rest + plan.bytes : opened;
+    return node_setup_place_weights(s, &plan, err);
+}
+
+void node_setup_add_streamed(const node_setup *setup, fl_json *root) {
+    node_resident_stats s;
+    node_resident_read_stats(setup->model, &s);
+    fl_json_set_integer(root, "streamed_bytes", (int64_t)s.streamed_bytes);
+    fl_json_set_number(root, "read_seconds", s.read_seconds);
+    fl_json_set_number(root, "wait_seconds", s.wait_seconds);
+}
+
+void node_setup_print_streamed(const node_setup *setup, double seconds, FILE *out) {
+    node_resident_stats s;
+    node_resident_read_stats(setup->model, &s);
+    if (s.streamed_bytes == 0) return;
+    fprintf(out, "weights read: %.1f MB at %.0f MB/s; %.0f %% of the time was waiting for them\n",
+            (double)s.streamed_bytes / 1e6, (double)s.streamed_bytes / 1e6 / s.read_seconds,
+            100 * s.wait_seconds / seconds);
 }
 
 fl_status node_block_take(size_t size, void **ret, fl_err *err) {

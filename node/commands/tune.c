@@ -9,6 +9,7 @@
 #include "common/progress.h"
 #include "node/commands/commands.h"
 #include "node/commands/setup.h"
+#include "node/prefix_disk.h"
 
 #include <signal.h>
 #include <stdlib.h>
@@ -16,9 +17,9 @@
 
 typedef struct tune_opts {
     char model[FL_SETTING_TEXT_MAX], data[FL_SETTING_TEXT_MAX], out[FL_SETTING_TEXT_MAX];
-    char adapter[FL_SETTING_TEXT_MAX];
+    char adapter[FL_SETTING_TEXT_MAX], prefix_folder[FL_SETTING_TEXT_MAX];
     int64_t steps, window, rank, seed, sequence, micro, threads, schedule, exits;
-    uint64_t memory;
+    uint64_t memory, prefix_cache, prefix_disk;
     double lr;
     bool json;
 } tune_opts;
@@ -42,6 +43,13 @@ static const fl_setting table[] = {
      "tokens of a micro-batch; 0: chosen", SET(sequence)},
     {NULL, "micro-batches", FL_KIND_INTEGER, "N", 0, 1024, "0", "micro-batches a step; 0: chosen",
      SET(micro)},
+    {NULL, "prefix-cache", FL_KIND_SIZE, "SIZE", 0, 0, "64M",
+     "of the memory, for states of layers below the window that come again; 0: none",
+     SET(prefix_cache)},
+    {NULL, "prefix-folder", FL_KIND_TEXT, "FOLDER", 0, 0, "",
+     "keep more of them here on disk, sealed, while it runs", SET(prefix_folder)},
+    {NULL, "prefix-disk", FL_KIND_SIZE, "SIZE", 0, 0, "1G", "of that disk, at most",
+     SET(prefix_disk)},
     {NULL, "rank", FL_KIND_INTEGER, "R", 1, 64, "8", "rank of the adapters", SET(rank)},
     {NULL, "steps", FL_KIND_INTEGER, "N", 1, 1000000, "128", "tuning steps", SET(steps)},
     {NULL, "seed", FL_KIND_INTEGER, "S", 0, 0, "1", "seed of the order of the data", SET(seed)},
@@ -59,9 +67,11 @@ typedef struct tune_run {
     bool own_adapter;
     node_corpus *corpus;
     node_tune_plan plan;
+    node_prefix_home prefix;
 } tune_run;
 
 static void close_run(tune_run *r) {
+    node_prefix_home_close(&r->prefix);
     if (r->own_adapter) node_adapter_close(r->adapter);
     node_corpus_close(r->corpus);
     node_setup_close(&r->session);
@@ -90,14 +100,21 @@ static fl_status make_plan(tune_run *r, const tune_opts *o, fl_err *err) {
     t.window.kind = kinds[o->schedule];
     t.window.size = (uint32_t)o->window;
     t.window.steps = (uint64_t)o->steps;
-    t.window.seed = t.seed = (uint64_t)o->seed;
+    t.window.seed = t.seed = t.text_seed = (uint64_t)o->seed;
+    t.prefix_bytes = o->prefix_cache;
+    t.prefix_disk = o->prefix_folder[0] == '\0' ? 0 : o->prefix_disk;
     t.sequence = (uint32_t)o->sequence;
     t.micro = (uint32_t)o->micro;
     t.lr = t.gain_lr = (float)o->lr;
     t.threads = fl_pool_threads(r->session.pool);
     t.memory_bytes = node_facts_memory_budget(&r->session.facts, o->memory);
-    return node_tune_make_plan(r->session.model, r->adapter->opts.rank, &r->corpus->train, &t,
-                               &r->plan, err);
+    t.resident_bytes = node_setup_bytes(&r->session);
+    t.stream = true;
+    FL_TRY(node_tune_make_plan(r->session.model, r->adapter->opts.rank, &r->corpus->train, &t,
+                               &r->plan, err));
+    const uint64_t opened = node_rss_peak(); // reading the vocabulary and the text took so much
+    if (r->plan.peak_bytes < opened) r->plan.peak_bytes = opened;
+    return FL_OK;
 }
 
 static fl_status open_run(tune_run *r, const tune_opts *o, fl_err *err) {
@@ -117,12 +134,29 @@ static void add_plan(fl_json *root, const node_tune_plan *p) {
     fl_json_set_integer(root, "arena_bytes", (int64_t)p->arena_bytes);
     fl_json_set_integer(root, "weight_bytes", (int64_t)p->weight_bytes);
     fl_json_set_integer(root, "resident_bytes", (int64_t)p->resident_bytes);
+    fl_json_set_integer(root, "prefix_cache_bytes", (int64_t)p->prefix_bytes);
+    fl_json_set_integer(root, "prefix_cache_batches", p->prefix.places);
+    fl_json_set_integer(root, "prefix_disk_batches", p->prefix.store_places);
+    fl_json_set_integer(root, "batches", (int64_t)p->batches);
     fl_json_set_integer(root, "window", p->window);
     fl_json_set_integer(root, "sequence", p->opts.sequence);
     fl_json_set_integer(root, "micro_batches", p->opts.micro);
     fl_json_set_integer(root, "chunk", p->opts.chunk);
     fl_json_set_integer(root, "kept_layers", p->opts.kept);
     fl_json_set_integer(root, "threads", p->opts.threads);
+    fl_json_set_integer(root, "streamed_bytes_per_pass", (int64_t)p->resident.streamed);
+    fl_json_set_integer(root, "streamed_layers", p->resident.layers_streamed);
+}
+
+static void add_gave_up(fl_json *root, const node_tune_plan *p) {
+    fl_json *list = fl_json_add_array(root, "gave_up");
+    for (uint32_t i = 0; i < p->gave_up_count; i++) fl_json_set_string(list, NULL, p->gave_up[i]);
+}
+
+static void print_gave_up(const node_tune_plan *p) {
+    for (uint32_t i = 0; i < p->gave_up_count; i++)
+        printf("%s%s%s", i == 0 ? "to fit the memory: " : "; ", p->gave_up[i],
+               i + 1 == p->gave_up_count ? "\n" : "");
 }
 
 static int run_plan(const void *options) {
@@ -134,16 +168,22 @@ static int run_plan(const void *options) {
     if (st == FL_OK && o->json) {
         fl_json *root = fl_json_object();
         add_plan(root, p);
+        add_gave_up(root, p);
         st = fl_json_print(root, stdout, &err);
         fl_json_free(root);
     } else if (st == FL_OK) {
-        printf("peak %.1f MB = arena %.1f + weights %.1f + the rest of the process %.1f\n",
+        printf("peak %.1f MB = arena %.1f + weights %.1f + prefix cache %.1f + the rest of the "
+               "process %.1f\n",
                (double)p->peak_bytes / 1e6, (double)p->arena_bytes / 1e6,
-               (double)p->weight_bytes / 1e6, (double)p->resident_bytes / 1e6);
+               (double)p->weight_bytes / 1e6, (double)p->prefix_bytes / 1e6,
+               (double)p->resident_bytes / 1e6);
         printf("window of %u layers, %u x %u tokens a step, vocabulary %u at a time, "
                "activations of %u layers kept, %u threads\n",
                p->window, p->opts.micro, p->opts.sequence, p->opts.chunk, p->opts.kept,
                p->opts.threads);
+        print_gave_up(p);
+        printf("%u micro-batches an epoch; states kept of %u in memory and %u on disk\n",
+               p->batches, p->prefix.places, p->prefix.store_places);
     }
     close_run(&r);
     return st == FL_OK ? FL_EXIT_OK : fl_cli_fail(&err);
@@ -155,6 +195,13 @@ static volatile sig_atomic_t stop;
 static void on_signal(int number) {
     (void)number;
     stop = 1;
+}
+
+static void add_prefix(fl_json *root, const node_prefix_home *home) {
+    fl_json_set_integer(root, "prefix_hits", (int64_t)home->prefix.hits);
+    fl_json_set_integer(root, "prefix_misses", (int64_t)home->prefix.misses);
+    fl_json_set_integer(root, "prefix_bytes_written",
+                        (int64_t)node_prefix_disk_written(home->disk));
 }
 
 static fl_status print_step(const tune_run *r, const node_tune_report *s, double rate, bool done,
@@ -169,18 +216,23 @@ static fl_status print_step(const tune_run *r, const node_tune_report *s, double
     fl_json_set_integer(window, NULL, s->window.last);
     fl_json_set_number(root, "tokens_per_second", rate);
     fl_json_set_integer(root, "rss_bytes", (int64_t)node_rss_now());
+    add_prefix(root, &r->prefix);
     if (done) {
         fl_json_set_bool(root, "done", true);
         fl_json_set_integer(root, "peak_rss_bytes", (int64_t)node_rss_peak());
         fl_json_set_integer(root, "planned_peak_bytes", (int64_t)r->plan.peak_bytes);
+        add_gave_up(root, &r->plan);
+        node_setup_add_streamed(&r->session, root);
     }
     const fl_status st = fl_json_print(root, stdout, err);
     fl_json_free(root);
     return st;
 }
 
-// One report is a second's worth of steps in JSON, a line's redraw on a terminal.
-static fl_status run_steps(tune_run *r, const tune_opts *o, node_tuner *tuner, fl_err *err) {
+// One report is a second's worth of steps in JSON, a line's redraw on a terminal. *block, the
+// tuner's, is freed when the steps are done: what follows has a plan of its own in its place.
+static fl_status run_steps(tune_run *r, const tune_opts *o, node_tuner *tuner, void **block,
+                           fl_err *err) {
     fl_progress bar;
     fl_progress_init(&bar, "tuning", o->json);
     const double start = fl_clock_s();
@@ -203,24 +255,32 @@ static fl_status run_steps(tune_run *r, const tune_opts *o, node_tuner *tuner, f
         }
     }
     fl_progress_done(&bar);
+    const double seconds = fl_clock_s() - start;
+    free(*block);
+    *block = NULL;
     if (st != FL_OK) return st;
     // An exit that was never trained has nothing to say: then the vote stays with the last one.
     if (r->plan.opts.window.kind != NODE_WINDOW_LAST && r->corpus->held.count > 0) {
         node_eval_result scored;
-        st =
-            node_eval_settle_vote(&r->session.engine, r->session.model, r->adapter,
-                                  &r->corpus->held, fl_pool_threads(r->session.pool), &scored, err);
+        st = node_eval_settle_vote(&r->session.engine, r->session.model, r->adapter,
+                                   &r->corpus->held, r->plan.vote_window,
+                                   fl_pool_threads(r->session.pool), &scored, err);
         if (st != FL_OK) return st;
     }
     st = node_adapter_save(r->adapter, o->out, err);
     if (st != FL_OK) return st;
-    const double rate = (double)tokens / (fl_clock_s() - start);
+    const double rate = (double)tokens / seconds;
     s.tokens = tokens;
     if (o->json) return print_step(r, &s, rate, true, err);
     printf("%llu steps, %llu tokens, %.0f tokens/s, last loss %.3f, peak %.1f MB (planned %.1f)\n"
+           "%llu of %llu micro-batches found the state below the window, %.1f MB written to disk\n"
            "adapter written to %s\n",
            (unsigned long long)s.step, (unsigned long long)tokens, rate, loss,
-           (double)node_rss_peak() / 1e6, (double)r->plan.peak_bytes / 1e6, o->out);
+           (double)node_rss_peak() / 1e6, (double)r->plan.peak_bytes / 1e6,
+           (unsigned long long)r->prefix.prefix.hits,
+           (unsigned long long)s.step * r->plan.opts.micro,
+           (double)node_prefix_disk_written(r->prefix.disk) / 1e6, o->out);
+    node_setup_print_streamed(&r->session, seconds, stdout);
     return FL_OK;
 }
 
@@ -229,19 +289,25 @@ static int run_tune(const void *options) {
     const struct sigaction action = {.sa_handler = on_signal};
     sigaction(SIGTERM, &action, NULL);
     sigaction(SIGINT, &action, NULL);
+    signal(SIGXFSZ, SIG_IGN); // a file size limit is a full disk: the write fails
     tune_run r = {0};
     node_tuner *tuner = malloc(sizeof(*tuner));
     void *block = NULL;
     fl_err err;
     fl_status st = tuner == NULL ? FL_FAIL(&err, FL_ENOMEM, "no memory to tune") : FL_OK;
     if (st == FL_OK) st = open_run(&r, o, &err);
+    if (st == FL_OK) st = node_setup_place_weights(&r.session, &r.plan.resident, &err);
     if (st == FL_OK) st = node_block_take(r.plan.arena_bytes, &block, &err);
+    if (st == FL_OK && !o->json) print_gave_up(&r.plan);
+    if (st == FL_OK && r.plan.prefix_bytes > 0)
+        st = node_prefix_home_open(&r.plan.prefix, o->prefix_folder, &r.prefix, &err);
     if (st == FL_OK) {
         fl_arena arena;
         fl_arena_init(&arena, block, r.plan.arena_bytes);
         node_tuner_bind(tuner, &r.session.engine, r.session.model, r.adapter, &r.corpus->train,
                         &r.plan.opts, &arena);
-        st = run_steps(&r, o, tuner, &err);
+        if (r.plan.prefix_bytes > 0) node_tuner_use_prefix(tuner, &r.prefix.prefix);
+        st = run_steps(&r, o, tuner, &block, &err);
     }
     free(block);
     free(tuner);

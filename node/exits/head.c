@@ -3,6 +3,8 @@
 #include <math.h>
 #include <string.h>
 
+#include "node/model/resident.h"
+
 enum { HEAD_GRAIN = 16 }; // rows a worker takes at once
 
 void node_head_bind(node_head *head, const node_model *model, uint32_t rows, uint32_t taus,
@@ -70,6 +72,7 @@ static void take_in_rows(void *ctx, size_t begin, size_t end, unsigned worker) {
 }
 
 static void logits_of_chunk(const chunk_ctx *c, node_scratch *scratch) {
+    node_resident_head(c->job->model, (uint32_t)c->first, (uint32_t)(c->first + c->n));
     node_matmul_rows(c->engine, &c->job->model->head, (uint32_t)c->first,
                      (uint32_t)(c->first + c->n), c->job->exits * c->job->tokens, c->head->norm,
                      c->head->logits, scratch);
@@ -144,6 +147,25 @@ void node_head_logp(const node_engine *engine, node_head *head, const node_head_
     if (job->log_max != NULL) fill_log_max(&c, scratch);
 }
 
+// At once, or in chunks where the head passes through memory.
+static void vote_logits(const node_engine *engine, node_head *head, const node_model *model,
+                        uint32_t rows, const float *norm, float *logits, node_scratch *scratch) {
+    const uint32_t vocabulary = model->vocabulary;
+    if (!node_resident_head_passes(model)) {
+        node_resident_head(model, 0, vocabulary);
+        node_matmul(engine, &model->head, rows, norm, logits, scratch);
+        return;
+    }
+    for (uint32_t first = 0, n; first < vocabulary; first += n) {
+        n = vocabulary - first < head->chunk ? vocabulary - first : head->chunk;
+        node_resident_head(model, first, first + n);
+        node_matmul_rows(engine, &model->head, first, first + n, rows, norm, head->logits, scratch);
+        for (uint32_t t = 0; t < rows; t++)
+            memcpy(logits + (size_t)t * vocabulary + first, head->logits + (size_t)t * n,
+                   n * sizeof(float));
+    }
+}
+
 void node_head_vote(const node_engine *engine, node_head *head, const node_model *model,
                     const node_lora *lora, const node_vote *vote, const float *hidden,
                     float *logits, float *ret_p, node_scratch *scratch) {
@@ -153,7 +175,7 @@ void node_head_vote(const node_engine *engine, node_head *head, const node_model
     for (uint32_t t = from; t < exits; t++)
         node_head_norm(engine, model, node_exit_gain(model, lora, t), 1, hidden + t * d,
                        head->norm + t * d);
-    node_matmul(engine, &model->head, exits - from, head->norm + from * d,
+    vote_logits(engine, head, model, exits - from, head->norm + from * d,
                 logits + (size_t)from * model->vocabulary, scratch);
-    node_vote_distribution(vote, model->vocabulary, logits, ret_p);
+    node_vote_distribution(engine->kern, vote, model->vocabulary, logits, ret_p);
 }

@@ -3,6 +3,8 @@
 #include <math.h>
 #include <string.h>
 
+#include "kernels/vec.h"
+
 enum { EM_STEPS_MAX = 500 };
 static const double ONE_TOKEN = 1048576.0; // 2^20
 static const double ONE_NAT = 1048576.0;
@@ -200,23 +202,23 @@ void node_vote_set_tau(node_vote *vote, const node_tau_sums *sums) {
 }
 
 // logits become probabilities at temperature tau.
-static void softmax(float *x, size_t n, float tau) {
-    float top = x[0];
-    double sum = 0;
-    for (size_t i = 1; i < n; i++) top = x[i] > top ? x[i] : top;
-    for (size_t i = 0; i < n; i++) {
-        x[i] = expf((x[i] - top) / tau);
-        sum += (double)x[i];
-    }
-    const float scale = (float)(1.0 / sum);
-    for (size_t i = 0; i < n; i++) x[i] *= scale;
+static void softmax(const fl_kern *kern, float *x, size_t n, float tau) {
+    static const int32_t no_target = -1;
+    static const float one = 1.0f;
+    fl_lse state;
+    if (tau != 1.0f) fl_vec_scale(n, 1.0f / tau, x);
+    fl_lse_init(1, &state);
+    kern->xent->update(1, n, 1.0f, x, n, &state);
+    const float lse = fl_lse_value(&state);
+    kern->xent->grad(1, n, 0, x, n, &lse, &no_target, &one, 0.0f, NULL, x, n);
 }
 
-void node_vote_distribution(const node_vote *vote, size_t vocabulary, float *logits, float *ret_p) {
+void node_vote_distribution(const fl_kern *kern, const node_vote *vote, size_t vocabulary,
+                            float *logits, float *ret_p) {
     const uint32_t last = vote->exits - 1;
     if (vote->mode == NODE_VOTE_LAST) {
         memcpy(ret_p, logits + last * vocabulary, vocabulary * sizeof(float));
-        softmax(ret_p, vocabulary, 1.0f);
+        softmax(kern, ret_p, vocabulary, 1.0f);
         return;
     }
     memset(ret_p, 0, vocabulary * sizeof(float));
@@ -224,7 +226,7 @@ void node_vote_distribution(const node_vote *vote, size_t vocabulary, float *log
         float *p = logits + t * vocabulary;
         const float a = vote->weight[t];
         if (vote->mode == NODE_VOTE_MIXTURE && a <= 0.0f) continue;
-        softmax(p, vocabulary, vote->mode == NODE_VOTE_MAX ? 1.0f : vote->tau[t]);
+        softmax(kern, p, vocabulary, vote->mode == NODE_VOTE_MAX ? 1.0f : vote->tau[t]);
         for (size_t i = 0; i < vocabulary; i++) {
             if (vote->mode == NODE_VOTE_MIXTURE)
                 ret_p[i] += a * p[i];

@@ -15,6 +15,7 @@
 #define NODE_EXITS_VOTE_H
 
 #include "common/status.h"
+#include "kernels/dispatch.h"
 #include "node/model/model.h"
 
 typedef enum node_vote_mode { NODE_VOTE_MIXTURE, NODE_VOTE_MAX, NODE_VOTE_LAST } node_vote_mode;
@@ -84,6 +85,7 @@ void node_vote_set_tau(node_vote *vote, const node_tau_sums *sums);
 
 // Next-token distribution of the vote. logits[exits][vocabulary] is overwritten;
 // ret_p[vocabulary] sums to 1 within rounding.
-void node_vote_distribution(const node_vote *vote, size_t vocabulary, float *logits, float *ret_p);
+void node_vote_distribution(const fl_kern *kern, const node_vote *vote, size_t vocabulary,
+                            float *logits, float *ret_p);
 
 #endif

@@ -4,6 +4,7 @@
 
 #include "kernels/rope.h"
 #include "kernels/vec.h"
+#include "node/model/resident.h"
 #include "node/model/scratch.h"
 
 typedef struct widths {
@@ -31,11 +32,16 @@ static float *rows_of(fl_arena *arena, size_t tokens, size_t width) {
     return fl_arena_alloc(arena, count, sizeof(float), 64);
 }
 
-void node_acts_bind(node_acts *acts, const node_model *model, uint32_t tokens, uint32_t kv_rows,
-                    uint32_t rank, fl_arena *arena) {
-    const widths w = widths_of(model);
-    *acts = (node_acts){0};
+void node_acts_bind_passing(node_acts *acts, const node_model *model, uint32_t tokens,
+                            fl_arena *arena) {
     acts->norm1 = rows_of(arena, tokens, model->hidden);
+    acts->norm2 = rows_of(arena, tokens, model->hidden);
+    acts->act = rows_of(arena, tokens, widths_of(model).ffn);
+}
+
+void node_acts_bind_lasting(node_acts *acts, const node_model *model, uint32_t tokens,
+                            uint32_t kv_rows, uint32_t rank, fl_arena *arena) {
+    const widths w = widths_of(model);
     acts->q = rows_of(arena, tokens, w.q);
     if (kv_rows != 0) {
         acts->k = rows_of(arena, kv_rows, w.kv);
@@ -44,21 +50,32 @@ void node_acts_bind(node_acts *acts, const node_model *model, uint32_t tokens, u
     acts->attn = rows_of(arena, tokens, w.q);
     acts->lse = rows_of(arena, tokens, model->heads);
     acts->mid = rows_of(arena, tokens, model->hidden);
-    acts->norm2 = rows_of(arena, tokens, model->hidden);
     acts->gate = rows_of(arena, tokens, w.ffn);
     acts->up = rows_of(arena, tokens, w.ffn);
-    acts->act = rows_of(arena, tokens, w.ffn);
     for (uint32_t i = 0; rank != 0 && i < NODE_MODULES; i++)
         acts->low[i] = rows_of(arena, tokens, rank);
+}
+
+void node_acts_bind(node_acts *acts, const node_model *model, uint32_t tokens, uint32_t kv_rows,
+                    uint32_t rank, fl_arena *arena) {
+    *acts = (node_acts){0};
+    node_acts_bind_lasting(acts, model, tokens, kv_rows, rank, arena);
+    node_acts_bind_passing(acts, model, tokens, arena);
 }
 
 node_scratch *node_scratch_bind(const node_model *model, uint32_t tokens, uint32_t threads,
                                 fl_arena *arena) {
     const widths w = widths_of(model);
     const uint32_t cols = most(most(model->hidden, w.q), w.ffn);
-    const size_t panel = most(NODE_PANEL_FLOATS, NODE_PANEL_ROWS_MIN * cols);
-    size_t x8;
+    const size_t panel = most(most(NODE_PANEL_FLOATS, FL_GEMM_PACKED_DX_SCRATCH / sizeof(float)),
+                              NODE_PANEL_ROWS_MIN * cols);
+    // One set of codes for all tokens, or one of a span's for each thread.
+    const uint32_t span = tokens < NODE_SPAN_TOKENS ? tokens : NODE_SPAN_TOKENS;
+    size_t x8, x8_span, x8_spans;
     if (!fl_x8_size(tokens, cols, &x8)) x8 = SIZE_MAX;
+    if (!fl_x8_size(span, cols, &x8_span) || !fl_mul_size(threads, x8_span, &x8_spans))
+        x8_spans = SIZE_MAX;
+    if (x8_spans > x8) x8 = x8_spans;
     node_scratch *s = fl_arena_alloc(arena, 1, sizeof(*s), 64);
     void *codes = fl_arena_alloc(arena, x8, 1, 64);
     float *panels = rows_of(arena, threads, panel);
@@ -67,7 +84,7 @@ node_scratch *node_scratch_bind(const node_model *model, uint32_t tokens, uint32
     float *out = rows_of(arena, tokens, most(model->hidden, 2 * w.kv));
     FL_ASSERT(panel * sizeof(float) >= FL_GEMM_PACKED_DX_SCRATCH);
     if (s == NULL) return NULL; // counting
-    *s = (node_scratch){tokens, threads, codes, panels, panel, rope, rope_pos, out};
+    *s = (node_scratch){tokens, threads, codes, x8_span, panels, panel, rope, rope_pos, out};
     return s;
 }
 
@@ -81,8 +98,8 @@ static void embed_rows(void *ctx, size_t begin, size_t end, unsigned worker) {
     const embed_run *r = ctx;
     (void)worker;
     for (size_t t = begin; t < end; t++)
-        node_matrix_row(&r->model->embedding, (uint32_t)r->batch->id[t],
-                        r->x + t * r->model->hidden);
+        node_resident_row(r->model, &r->model->embedding, (uint32_t)r->batch->id[t],
+                          r->x + t * r->model->hidden);
 }
 
 void node_embed(const node_engine *engine, const node_model *model, const node_batch *batch,
@@ -102,9 +119,12 @@ typedef struct layer_run {
     const node_batch *batch;
     node_acts *acts;
     node_scratch *scratch;
-    float *x;        // [T][hidden]
-    const fl_x8 *x8; // where the stage puts quantised rows; NULL: nobody reads them
-    uint32_t q, kv;  // widths of this layer
+    float *x;             // [T][hidden]
+    const fl_x8 *x8;      // where the stage puts quantised rows; NULL: nobody reads them
+    size_t x8_first;      // token of its row 0
+    uint32_t q, kv;       // widths of this layer
+    uint32_t span, spans; // tokens that a thread takes through many stages, and how often
+    node_product qkv[3], o, ffn[2], down;
 } layer_run;
 
 // acts->low = A x, rows [begin, end) of x.
@@ -128,7 +148,7 @@ static void lora_up(const layer_run *r, node_module module, size_t begin, size_t
 static void quantise(const layer_run *r, const float *x, uint32_t cols, size_t begin, size_t end) {
     if (r->x8 == NULL) return;
     for (size_t t = begin; t < end; t++)
-        r->kern->quantise_x8(x + t * cols, cols, r->x8, (uint32_t)t);
+        r->kern->quantise_x8(x + t * cols, cols, r->x8, (uint32_t)(t - r->x8_first));
 }
 
 static void stage_norm1(void *ctx, size_t begin, size_t end, unsigned worker) {
@@ -200,10 +220,10 @@ static void stage_attention(void *ctx, size_t begin, size_t end, unsigned worker
     (void)worker;
     for (size_t i = begin; i < end; i++) {
         const uint32_t head = (uint32_t)(i % l->kv_heads) * group;
-        const uint32_t t = (uint32_t)(i / l->kv_heads) * NODE_TOKEN_GRAIN;
+        const uint32_t t = (uint32_t)(i / l->kv_heads) * NODE_ATTENTION_GRAIN;
         const uint32_t left = r->batch->tokens - t;
-        r->kern->attention->forward(&a, t, t + (left < NODE_TOKEN_GRAIN ? left : NODE_TOKEN_GRAIN),
-                                    head, head + group);
+        const uint32_t count = left < NODE_ATTENTION_GRAIN ? left : NODE_ATTENTION_GRAIN;
+        r->kern->attention->forward(&a, t, t + count, head, head + group);
     }
 }
 
@@ -267,6 +287,77 @@ static void stage_and_products(const node_engine *engine, layer_run *r, fl_pool_
     r->x8 = NULL;
 }
 
+// Few tokens, or matrices as others made them: threads meet after every stage, since they share the
+// rows of a product.
+static void run_stages(const node_engine *engine, layer_run *r) {
+    const uint32_t tokens = r->batch->tokens;
+    const uint32_t blocks = (tokens + NODE_ATTENTION_GRAIN - 1) / NODE_ATTENTION_GRAIN;
+    stage_and_products(engine, r, stage_norm1, r->acts->norm1, r->qkv, 3);
+    fl_pool_run(engine->pool, tokens, NODE_TOKEN_GRAIN, stage_rotate, r);
+    fl_pool_run(engine->pool, (size_t)blocks * r->layer->kv_heads, 1, stage_attention, r);
+    stage_and_products(engine, r, stage_before_o, r->acts->attn, &r->o, 1);
+    stage_and_products(engine, r, stage_norm2, r->acts->norm2, r->ffn, 2);
+    stage_and_products(engine, r, stage_act, r->acts->act, &r->down, 1);
+    fl_pool_run(engine->pool, tokens, NODE_TOKEN_GRAIN, stage_end, r);
+}
+
+// The same for a span of tokens that one thread keeps: what a stage leaves is in its cache for the
+// next one.
+static void span_products(layer_run *r, fl_pool_fn stage, const node_product *p, uint32_t count,
+                          size_t begin, size_t end, unsigned worker) {
+    uint8_t *codes = (uint8_t *)r->scratch->x8 + worker * r->scratch->x8_span;
+    const fl_x8 x8 = fl_x8_bind(codes, (uint32_t)(end - begin), p->w->cols);
+    r->x8 = &x8;
+    r->x8_first = begin;
+    stage(r, begin, end, worker);
+    for (uint32_t i = 0; i < count; i++) node_product_span(r->kern, &p[i], begin, &x8);
+    r->x8 = NULL;
+}
+
+static void span_keys(void *ctx, size_t begin, size_t end, unsigned worker) {
+    layer_run r = *(const layer_run *)ctx;
+    span_products(&r, stage_norm1, r.qkv, 3, begin, end, worker);
+    stage_rotate(&r, begin, end, worker);
+}
+
+// From the last span to the first: the last has the most keys to look at, and what is begun last
+// should be short.
+static void span_rest(void *ctx, size_t piece, size_t pieces_end, unsigned worker) {
+    layer_run r = *(const layer_run *)ctx;
+    (void)pieces_end; // one at a time
+    const size_t begin = (r.spans - 1 - piece) * (size_t)r.span, tokens = r.batch->tokens;
+    const size_t end = tokens - begin < r.span ? tokens : begin + r.span;
+    const size_t heads = r.layer->kv_heads;
+    stage_attention(&r, begin / NODE_ATTENTION_GRAIN * heads,
+                    (end + NODE_ATTENTION_GRAIN - 1) / NODE_ATTENTION_GRAIN * heads, worker);
+    span_products(&r, stage_before_o, &r.o, 1, begin, end, worker);
+    span_products(&r, stage_norm2, r.ffn, 2, begin, end, worker);
+    span_products(&r, stage_act, &r.down, 1, begin, end, worker);
+    stage_end(&r, begin, end, worker);
+}
+
+// Threads meet twice a layer: when all keys and values are there, and at its end.
+static void run_spans(const node_engine *engine, layer_run *r) {
+    _Static_assert(NODE_SPAN_TOKENS % NODE_ATTENTION_GRAIN == 0, "a span is whole blocks");
+    r->spans = (r->batch->tokens + r->span - 1) / r->span;
+    fl_pool_run(engine->pool, r->batch->tokens, r->span, span_keys, r);
+    fl_pool_run(engine->pool, r->spans, 1, span_rest, r);
+}
+
+static bool is_packed(const node_layer *l) {
+    for (int i = 0; i < NODE_MODULES; i++)
+        if (l->linear[i].type != NODE_TYPE_PACKED) return false;
+    return true;
+}
+
+// Tokens of a span; 0 when there are too few for every thread to have one that is worth unpacking
+// all weights for.
+static uint32_t span_of(const node_engine *engine, const node_layer *l, uint32_t tokens) {
+    const uint32_t share = tokens / fl_pool_threads(engine->pool);
+    if (!is_packed(l) || share < NODE_SPAN_TOKENS / 2) return 0;
+    return share < NODE_SPAN_TOKENS ? NODE_SPAN_TOKENS / 2 : NODE_SPAN_TOKENS;
+}
+
 static node_product whole(const node_matrix *w, float *y, size_t y_stride) {
     return (node_product){w, 0, w->rows, y, y_stride};
 }
@@ -275,8 +366,11 @@ void node_layer_forward(const node_engine *engine, const node_model *model, uint
                         const node_lora *lora, const node_batch *batch, node_acts *acts,
                         node_scratch *scratch, float *x) {
     FL_ASSERT(layer < model->layers && batch->tokens <= scratch->tokens);
+    FL_ASSERT(fl_pool_threads(engine->pool) <= scratch->threads);
     if (batch->tokens == 0) return;
     const node_layer *l = &model->layer[layer];
+    const uint32_t kv = l->kv_heads * model->head_size, q = l->heads * model->head_size;
+    node_resident_layer(model, layer);
     layer_run r = {.kern = engine->kern,
                    .model = model,
                    .layer = l,
@@ -287,28 +381,20 @@ void node_layer_forward(const node_engine *engine, const node_model *model, uint
                    .acts = acts,
                    .scratch = scratch,
                    .x = x,
-                   .q = l->heads * model->head_size,
-                   .kv = l->kv_heads * model->head_size};
-    const size_t kv_stride = (size_t)r.kv * 2;
-    const uint32_t blocks = (batch->tokens + NODE_TOKEN_GRAIN - 1) / NODE_TOKEN_GRAIN;
-
-    const node_product qkv[] = {whole(&l->linear[NODE_Q], acts->q, r.q),
-                                whole(&l->linear[NODE_K], scratch->out, kv_stride),
-                                whole(&l->linear[NODE_V], scratch->out + r.kv, kv_stride)};
-    stage_and_products(engine, &r, stage_norm1, acts->norm1, qkv, 3);
-    fl_pool_run(engine->pool, batch->tokens, NODE_TOKEN_GRAIN, stage_rotate, &r);
-    fl_pool_run(engine->pool, (size_t)blocks * l->kv_heads, 1, stage_attention, &r);
-
-    const node_product o = whole(&l->linear[NODE_O], scratch->out, model->hidden);
-    stage_and_products(engine, &r, stage_before_o, acts->attn, &o, 1);
-
-    const node_product ffn[] = {whole(&l->linear[NODE_GATE], acts->gate, l->ffn),
-                                whole(&l->linear[NODE_UP], acts->up, l->ffn)};
-    stage_and_products(engine, &r, stage_norm2, acts->norm2, ffn, 2);
-
-    const node_product down = whole(&l->linear[NODE_DOWN], scratch->out, model->hidden);
-    stage_and_products(engine, &r, stage_act, acts->act, &down, 1);
-    fl_pool_run(engine->pool, batch->tokens, NODE_TOKEN_GRAIN, stage_end, &r);
+                   .q = q,
+                   .kv = kv,
+                   .span = span_of(engine, l, batch->tokens),
+                   .qkv = {whole(&l->linear[NODE_Q], acts->q, q),
+                           whole(&l->linear[NODE_K], scratch->out, (size_t)kv * 2),
+                           whole(&l->linear[NODE_V], scratch->out + kv, (size_t)kv * 2)},
+                   .o = whole(&l->linear[NODE_O], scratch->out, model->hidden),
+                   .ffn = {whole(&l->linear[NODE_GATE], acts->gate, l->ffn),
+                           whole(&l->linear[NODE_UP], acts->up, l->ffn)},
+                   .down = whole(&l->linear[NODE_DOWN], scratch->out, model->hidden)};
+    if (r.span != 0)
+        run_spans(engine, &r);
+    else
+        run_stages(engine, &r);
 }
 
 const float *node_scratch_rope(node_scratch *scratch, const node_model *model,

@@ -27,19 +27,19 @@ typedef struct node_batch {
     const uint32_t *kv_row;   // [tokens] the row that the token itself writes
 } node_batch;
 
-// What a layer leaves behind, all of it needed again by the backward pass. T = tokens of the batch
-// (T rows), R = rows of keys and values.
+// What a layer leaves behind. T = tokens of the batch (T rows), R = rows of keys and values. The
+// backward pass needs all of it but the passing ones, which layers may share.
 typedef struct node_acts {
-    float *norm1;             // [T][hidden]      input of q, k, v
+    float *norm1;             // [T][hidden] passing: input of q, k, v
     float *q;                 // [T][heads * head_size], rotated
     float *k, *v;             // [R][kv_heads * head_size], k rotated
     float *attn;              // [T][heads * head_size] input of o
     float *lse;               // [T][heads] log-sum-exp of each attention row
     float *mid;               // [T][hidden] residual stream after attention
-    float *norm2;             // [T][hidden] input of gate, up
+    float *norm2;             // [T][hidden] passing: input of gate, up
     float *gate;              // [T][ffn] before the activation
     float *up;                // [T][ffn]
-    float *act;               // [T][ffn] silu(gate) * up, input of down
+    float *act;               // [T][ffn] passing: silu(gate) * up, input of down
     float *low[NODE_MODULES]; // [T][rank] A x of each module; NULL without adapter
 } node_acts;
 
@@ -50,6 +50,11 @@ typedef struct node_scratch node_scratch;
 // kv_rows: rows of acts->k and acts->v; 0 when the caller points them into a cache.
 void node_acts_bind(node_acts *acts, const node_model *model, uint32_t tokens, uint32_t kv_rows,
                     uint32_t rank, fl_arena *arena);
+// The two parts of it, for who shares what passes: each sets its own pointers only.
+void node_acts_bind_lasting(node_acts *acts, const node_model *model, uint32_t tokens,
+                            uint32_t kv_rows, uint32_t rank, fl_arena *arena);
+void node_acts_bind_passing(node_acts *acts, const node_model *model, uint32_t tokens,
+                            fl_arena *arena);
 node_scratch *node_scratch_bind(const node_model *model, uint32_t tokens, uint32_t threads,
                                 fl_arena *arena);
 // [tokens][rope_size] cosines and sines of the batch's positions (kernels/rope.h), kept from call

@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "common/rng.h"
+#include "node/model/resident.h"
 
 struct node_session {
     const node_model *model;
@@ -88,6 +89,8 @@ static void feed_chunk(node_session *s, const node_engine *engine, const node_lo
     for (uint32_t t = 0; t < count; t++) s->pos[t] = s->row[t] = s->length + t;
     const node_batch batch = {count, ids, s->pos, s->zero, s->row};
     const float *last = s->x + (size_t)(count - 1) * m->hidden;
+    const node_resident_pass pass = {.last = m->layers - 1, .heads = 1};
+    node_resident_begin(m, &pass);
     node_embed(engine, m, &batch, s->x);
     for (uint32_t layer = 0, exit = 0; layer < m->layers; layer++) {
         s->acts.k = s->k[layer];

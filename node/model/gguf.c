@@ -323,7 +323,7 @@ fl_status node_gguf_open_bytes(fl_bytes bytes, node_gguf **ret, fl_err *err) {
 }
 
 fl_status node_gguf_open(const char *path, node_gguf **ret, fl_err *err) {
-    fl_map map = {{NULL, 0}};
+    fl_map map = {0};
     FL_TRY(fl_map_open(path, &map, err));
     const fl_status st = node_gguf_open_bytes(map.bytes, ret, err);
     if (st != FL_OK)
@@ -331,6 +331,10 @@ fl_status node_gguf_open(const char *path, node_gguf **ret, fl_err *err) {
     else
         (*ret)->map = map;
     return st;
+}
+
+int node_gguf_fd(const node_gguf *g) {
+    return g->map.bytes.data == NULL ? -1 : g->map.fd;
 }
 
 void node_gguf_close(node_gguf *g) {

@@ -82,6 +82,7 @@ void node_gguf_close(node_gguf *g); // NULL is fine
 uint32_t node_gguf_version(const node_gguf *g);
 uint32_t node_gguf_alignment(const node_gguf *g);
 fl_bytes node_gguf_bytes(const node_gguf *g); // the whole file
+int node_gguf_fd(const node_gguf *g);         // of the mapped file; -1 over bytes
 size_t node_gguf_key_count(const node_gguf *g);
 size_t node_gguf_tensor_count(const node_gguf *g);
 const node_gguf_key *node_gguf_key_at(const node_gguf *g, size_t index); // in the file's order

@@ -3,7 +3,7 @@
 #include "kernels/ggml.h"
 #include "node/model/scratch.h"
 
-enum { PACKED_GRAIN = 32, COLS_GRAIN = 128 };
+enum { PACKED_GRAIN = 32, COLS_GRAIN = 128, DX_TOKENS_MIN = 32, DX_TOKENS_BLOCK = 16 };
 
 static fl_packed packed_view(const node_matrix *w) {
     return (fl_packed){w->data, w->rows, w->cols, w->bits};
@@ -102,6 +102,11 @@ void node_products_run(const node_engine *engine, const node_product *p, uint32_
     fl_pool_run(engine->pool, pieces, 1, run_pieces, &r);
 }
 
+void node_product_span(const fl_kern *kern, const node_product *p, size_t begin, const fl_x8 *x8) {
+    const fl_packed w = packed_view(p->w);
+    kern->gemm_packed(&w, p->row_begin, p->row_end, x8, p->y + begin * p->y_stride, p->y_stride);
+}
+
 typedef struct quantise {
     const fl_kern *kern;
     const float *x;
@@ -136,8 +141,8 @@ void node_matmul(const node_engine *engine, const node_matrix *w, uint32_t token
     node_matmul_rows(engine, w, 0, w->rows, tokens, x, y, scratch);
 }
 
-// Backward: threads split the columns, so that every element of dx is one worker's sum over the
-// rows in order.
+// Backward: threads split the tokens or the columns, so that every element of dx is one worker's
+// sum over the rows in order.
 typedef struct run_dx {
     const fl_kern *kern;
     const node_matrix *w;
@@ -179,18 +184,27 @@ static void float_cols(const run_dx *r, uint32_t begin, uint32_t end, unsigned w
     }
 }
 
+static void packed_dx(const run_dx *r, size_t token, size_t tokens, uint32_t begin, uint32_t end,
+                      unsigned worker) {
+    const fl_packed w = packed_view(r->w);
+    const fl_packed_range range = {r->row_begin, r->row_end, begin, end};
+    const size_t n = r->row_end - r->row_begin;
+    r->kern->gemm_packed_dx(&w, &range, (uint32_t)tokens, r->dy + token * n, n,
+                            r->dx + token * w.cols + begin, w.cols, r->accumulate,
+                            r->scratch->panel + worker * r->scratch->panel_stride);
+}
+
 static void run_cols(void *ctx, size_t begin, size_t end, unsigned worker) {
     const run_dx *r = ctx;
-    const uint32_t b = (uint32_t)begin, e = (uint32_t)end;
-    if (r->w->type != NODE_TYPE_PACKED) {
-        float_cols(r, b, e, worker);
-        return;
-    }
-    const fl_packed w = packed_view(r->w);
-    const fl_packed_range range = {r->row_begin, r->row_end, b, e};
-    r->kern->gemm_packed_dx(&w, &range, r->tokens, r->dy, r->row_end - r->row_begin, r->dx + b,
-                            w.cols, r->accumulate,
-                            r->scratch->panel + worker * r->scratch->panel_stride);
+    if (r->w->type != NODE_TYPE_PACKED)
+        float_cols(r, (uint32_t)begin, (uint32_t)end, worker);
+    else
+        packed_dx(r, 0, r->tokens, (uint32_t)begin, (uint32_t)end, worker);
+}
+
+static void run_tokens(void *ctx, size_t begin, size_t end, unsigned worker) {
+    const run_dx *r = ctx;
+    packed_dx(r, begin, end - begin, 0, r->w->cols, worker);
 }
 
 void node_matmul_rows_dx(const node_engine *engine, const node_matrix *w, uint32_t row_begin,
@@ -201,7 +215,16 @@ void node_matmul_rows_dx(const node_engine *engine, const node_matrix *w, uint32
     FL_ASSERT(fl_pool_threads(engine->pool) <= scratch->threads);
     if (tokens == 0) return;
     run_dx r = {engine->kern, w, row_begin, row_end, tokens, dy, dx, accumulate, scratch};
-    fl_pool_run(engine->pool, w->cols, cols_grain(w), run_cols, &r);
+    // Gradients are looked through and put in order once a range of columns, weights are unpacked
+    // once a range of tokens: with many tokens, the latter costs less.
+    const uint32_t threads = fl_pool_threads(engine->pool);
+    const uint32_t share = (tokens + threads - 1) / threads;
+    if (w->type == NODE_TYPE_PACKED && share >= DX_TOKENS_MIN)
+        fl_pool_run(engine->pool, tokens,
+                    (share + DX_TOKENS_BLOCK - 1) / DX_TOKENS_BLOCK * DX_TOKENS_BLOCK, run_tokens,
+                    &r);
+    else
+        fl_pool_run(engine->pool, w->cols, cols_grain(w), run_cols, &r);
 }
 
 void node_matmul_dx(const node_engine *engine, const node_matrix *w, uint32_t tokens,

@@ -12,6 +12,7 @@
 #include "kernels/rope.h"
 #include "kernels/vec.h"
 #include "node/model/container.h"
+#include "node/model/resident.h"
 
 enum { NAME_SIZE = NODE_GGUF_NAME_MAX + 1, KEY_SIZE = 96, I8 = 24 };
 
@@ -308,7 +309,10 @@ static fl_status read_model(node_model *m, fl_err *err) {
     if (!m->tied) FL_TRY(get_matrix(m, "output.weight", m->vocabulary, m->hidden, &m->head, err));
     FL_TRY(get_vector(m, "output_norm.weight", m->hidden, false, &m->final_norm, err));
     FL_TRY(read_rope(m, err));
-    for (uint32_t i = 0; i < m->layers; i++) FL_TRY(read_layer(m, i, err));
+    for (uint32_t i = 0; i < m->layers; i++) {
+        FL_TRY(read_layer(m, i, err));
+        node_resident_drop(m); // its norms may have mapped all that lies around them
+    }
     m->bytes = node_gguf_bytes(m->file).size;
     node_model_set_exits(m, m->layers < NODE_EXITS ? m->layers : NODE_EXITS);
     return FL_OK;
@@ -345,6 +349,7 @@ fl_status node_model_open_bytes(fl_bytes bytes, node_model **ret, fl_err *err) {
 
 void node_model_close(node_model *m) {
     if (m == NULL) return;
+    node_resident_close(m);
     node_gguf_close(m->file);
     free(m);
 }

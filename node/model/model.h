@@ -82,6 +82,7 @@ typedef struct node_model {
     node_luc_policy policy;              // zeros unless compressed
     uint64_t bytes;                      // of the file
     node_gguf *file;                     // owns the mapping and the metadata
+    struct node_resident *resident;      // what is in memory when (resident.h); NULL: all of it
 } node_model;
 
 // Maps the file and checks every shape. FL_EFORMAT names the tensor or key that is wrong,

@@ -4,6 +4,7 @@
 #include "common/fault.h"
 #include "kernels/gemm_f32.h"
 #include "kernels/vec.h"
+#include "node/model/resident.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -139,6 +140,7 @@ uint64_t node_adapter_model_id(const node_model *model) {
             fl_put_f32(bytes, model->layer[l].attn_norm[i]);
             h = hash(h, bytes, sizeof(bytes));
         }
+        node_resident_drop(model); // a touched byte may have mapped megabytes
     }
     return hash_matrix(h, &model->head);
 }

@@ -4,6 +4,7 @@
 
 #include "kernels/rope.h"
 #include "kernels/vec.h"
+#include "node/model/resident.h"
 
 enum { BACK_GRAIN = 8, COLUMN_GRAIN = 64 };
 
@@ -198,6 +199,7 @@ static void attention_backward(const node_engine *engine, const node_layer_job *
 void node_layer_backward(const node_engine *engine, const node_layer_job *job, node_back *back,
                          node_scratch *scratch) {
     FL_ASSERT(job->batch->tokens <= back->tokens);
+    node_resident_layer(job->model, job->layer);
     rows_ctx rows = {.engine = engine,
                      .job = job,
                      .back = back,

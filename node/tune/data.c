@@ -4,10 +4,6 @@
 
 // Micro-batches out of documents. The text side is in corpus.c.
 
-static uint32_t pieces_of(uint64_t inputs, uint32_t sequence) {
-    return (uint32_t)((inputs + sequence - 1) / sequence);
-}
-
 uint64_t node_docs_inputs(const node_docs *docs) {
     uint64_t inputs = 0;
     for (uint32_t i = 0; i < docs->count; i++) inputs += docs->begin[i + 1] - docs->begin[i] - 1;
@@ -22,47 +18,61 @@ fl_status node_docs_check(const node_docs *docs, uint32_t vocabulary, fl_err *er
     return FL_OK;
 }
 
-uint32_t node_packer_pieces(const node_docs *docs, uint32_t sequence) {
-    uint32_t pieces = 0;
-    for (uint32_t i = 0; i < docs->count; i++)
-        pieces += pieces_of(docs->begin[i + 1] - docs->begin[i] - 1, sequence);
-    return pieces;
+static uint64_t inputs_of(const uint64_t *begin, uint32_t doc) {
+    return begin[doc + 1] - begin[doc] - 1;
 }
 
-void node_packer_rewind(node_packer *p, uint64_t epoch) {
-    const uint64_t key = fl_rng_key(p->seed, 0x70616b, epoch);
-    p->next = 0;
-    p->epoch = epoch;
-    for (uint32_t i = 0; i < p->pieces; i++) p->order[i] = i;
-    for (uint32_t i = p->pieces; p->shuffled && i > 1; i--) { // Fisher and Yates, from the top
-        const uint32_t j = (uint32_t)fl_rng_below(key, i, i), last = p->order[i - 1];
-        p->order[i - 1] = p->order[j];
-        p->order[j] = last;
+uint32_t node_batches_count(const node_docs *docs, uint32_t sequence) {
+    return (uint32_t)((node_docs_inputs(docs) + sequence - 1) / sequence);
+}
+
+// 0 .. n - 1 in an order that is a function of the key: Fisher and Yates, from the top.
+static void shuffle(uint64_t key, uint32_t n, uint32_t *order) {
+    for (uint32_t i = 0; i < n; i++) order[i] = i;
+    for (uint32_t i = n; i > 1; i--) {
+        const uint32_t j = (uint32_t)fl_rng_below(key, i, i), last = order[i - 1];
+        order[i - 1] = order[j];
+        order[j] = last;
     }
 }
 
-void node_packer_bind(node_packer *p, const node_docs *docs, uint32_t sequence, bool shuffled,
-                      uint64_t seed, fl_arena *arena) {
-    *p = (node_packer){.ids = docs->ids,
-                       .pieces = node_packer_pieces(docs, sequence),
-                       .sequence = sequence,
-                       .seed = seed,
-                       .shuffled = shuffled};
-    p->piece = FL_ARENA_NEW(arena, node_piece, p->pieces);
-    p->order = FL_ARENA_NEW(arena, uint32_t, p->pieces);
+static void begin_epoch(node_batches *b, uint64_t epoch) {
+    shuffle(fl_rng_key(b->seed, 0x70616b, epoch), b->count, b->order);
+    b->epoch = epoch;
+    b->at = 0;
+}
+
+void node_batches_bind(node_batches *b, const node_docs *docs, uint32_t sequence,
+                       uint64_t text_seed, uint64_t seed, fl_arena *arena) {
+    *b = (node_batches){.ids = docs->ids,
+                        .begin = docs->begin,
+                        .docs = docs->count,
+                        .count = node_batches_count(docs, sequence),
+                        .sequence = sequence,
+                        .seed = seed};
+    b->doc = FL_ARENA_NEW(arena, uint32_t, b->docs);
+    b->start_place = FL_ARENA_NEW(arena, uint32_t, b->count);
+    b->start_input = FL_ARENA_NEW(arena, uint64_t, b->count);
+    b->order = FL_ARENA_NEW(arena, uint32_t, b->count);
     if (fl_arena_counting(arena)) return;
-    uint32_t n = 0;
-    for (uint32_t i = 0; i < docs->count; i++) {
-        uint64_t left = docs->begin[i + 1] - docs->begin[i] - 1, at = docs->begin[i];
-        while (left > 0) {
-            const uint32_t length = left < sequence ? (uint32_t)left : sequence;
-            p->piece[n++] = (node_piece){.at = at, .length = length};
-            at += length;
-            left -= length;
+    shuffle(fl_rng_key(text_seed, 0x6c696e65, 0), b->docs, b->doc);
+    uint64_t before = 0; // inputs of the documents that come earlier in the line
+    uint32_t index = 0;
+    for (uint32_t place = 0; place < b->docs; place++) {
+        const uint64_t inputs = inputs_of(b->begin, b->doc[place]);
+        for (; (uint64_t)index * sequence < before + inputs; index++) {
+            b->start_place[index] = place;
+            b->start_input[index] = (uint64_t)index * sequence - before;
         }
+        before += inputs;
     }
-    FL_ASSERT(n == p->pieces);
-    node_packer_rewind(p, 0);
+    FL_ASSERT(index == b->count);
+    begin_epoch(b, 0);
+}
+
+uint32_t node_batches_next(node_batches *b) {
+    if (b->at == b->count) begin_epoch(b, b->epoch + 1);
+    return b->order[b->at++];
 }
 
 void node_micro_bind(node_micro *m, uint32_t tokens_max, fl_arena *arena) {
@@ -96,19 +106,17 @@ static void append(node_micro *m, const int32_t *ids, uint32_t length) {
     m->scored += length;
 }
 
-bool node_packer_fill(node_packer *p, node_micro *m, bool wrap) {
+void node_batches_fill(const node_batches *b, uint32_t index, node_micro *m) {
+    uint32_t place = b->start_place[index];
+    uint64_t from = b->start_input[index];
+    FL_ASSERT(m->tokens_max == b->sequence);
     m->tokens = 0;
     m->scored = 0;
-    while (m->tokens < m->tokens_max && p->pieces > 0) {
-        if (p->next == p->pieces) {
-            if (!wrap) break;
-            node_packer_rewind(p, p->epoch + 1);
-        }
-        const node_piece *piece = &p->piece[p->order[p->next]];
-        const uint32_t room = m->tokens_max - m->tokens;
-        if (piece->length > room && !wrap) break;
-        append(m, p->ids + piece->at, piece->length < room ? piece->length : room);
-        p->next++;
+    while (m->tokens < b->sequence) {
+        const uint32_t doc = b->doc[place], room = b->sequence - m->tokens;
+        const uint64_t left = inputs_of(b->begin, doc) - from;
+        append(m, b->ids + b->begin[doc] + from, left < room ? (uint32_t)left : room);
+        place = place + 1 == b->docs ? 0 : place + 1;
+        from = 0;
     }
-    return m->tokens > 0;
 }

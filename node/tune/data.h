@@ -61,31 +61,30 @@ uint64_t node_docs_inputs(const node_docs *docs);
 // FL_EARG when a token is not one of the model's: a tokenizer may know more than the embedding has.
 fl_status node_docs_check(const node_docs *docs, uint32_t vocabulary, fl_err *err) FL_NODISCARD;
 
-// Packs documents into micro-batches of at most `tokens` inputs: pieces of documents one after the
-// other, each seeing only itself (block-diagonal mask) with positions from 0. A document longer
-// than `sequence` is cut into pieces of that length. Pieces come in an order that is a function of
-// (seed, epoch), each once an epoch; every piece of one document may land anywhere.
-typedef struct node_piece {
-    uint64_t at;     // index in ids of the first input
-    uint32_t length; // inputs
-} node_piece;
-
-typedef struct node_packer {
+// The micro-batches of a run. Documents, in an order drawn from `text_seed`, are laid end to end,
+// and every `sequence` inputs of that line are one micro-batch: pieces of documents one after the
+// other, each seeing only itself (block-diagonal mask) with positions from 0. A document is cut
+// only where a micro-batch ends. The last one is filled up from the beginning of the line, so that
+// all are full. What is in a micro-batch stays the same for the whole run, which is what the cache
+// of prefix.h lives on; only their order is drawn anew for every epoch, from (seed, epoch).
+typedef struct node_batches {
     const int32_t *ids;
-    node_piece *piece; // [pieces]
-    uint32_t *order;   // [pieces]
-    uint32_t pieces, sequence, next;
+    const uint64_t *begin;
+    uint32_t *doc;         // [docs] the line: documents in their order
+    uint32_t *start_place; // [count] where in the line each micro-batch begins,
+    uint64_t *start_input; // [count] and at which input of that document
+    uint32_t *order;       // [count] micro-batch of each turn of this epoch
+    uint32_t docs, count, sequence;
+    uint32_t at; // turns of this epoch that are over
     uint64_t seed, epoch;
-    bool shuffled;
-} node_packer;
+} node_batches;
 
-uint32_t node_packer_pieces(const node_docs *docs, uint32_t sequence);
-// shuffled false: pieces in the order of the text, for evaluation.
-void node_packer_bind(node_packer *packer, const node_docs *docs, uint32_t sequence, bool shuffled,
-                      uint64_t seed, fl_arena *arena);
-// Goes back to the beginning of an epoch.
-void node_packer_rewind(node_packer *packer, uint64_t epoch);
-
+uint32_t node_batches_count(const node_docs *docs, uint32_t sequence);
+// At epoch 0. `docs` outlives the batches and has at least one input.
+void node_batches_bind(node_batches *batches, const node_docs *docs, uint32_t sequence,
+                       uint64_t text_seed, uint64_t seed, fl_arena *arena);
+// The micro-batch whose turn it is; after the last of an epoch the next epoch begins.
+uint32_t node_batches_next(node_batches *batches);
 // Arrays of one micro-batch, bound once.
 typedef struct node_micro {
     uint32_t tokens_max, tokens;
@@ -97,9 +96,7 @@ typedef struct node_micro {
 
 void node_micro_bind(node_micro *micro, uint32_t tokens_max, fl_arena *arena);
 node_batch node_micro_batch(const node_micro *micro);
-// Fills the micro-batch with whole pieces; in training (`wrap`) the next epoch begins when the
-// pieces are spent and a piece that does not fit is cut short to fill the batch, its rest left out
-// this epoch. false when there is nothing left (never with wrap).
-bool node_packer_fill(node_packer *packer, node_micro *micro, bool wrap);
+// Fills the micro-batch, whose tokens_max is the sequence.
+void node_batches_fill(const node_batches *batches, uint32_t index, node_micro *micro);
 
 #endif

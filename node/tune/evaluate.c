@@ -5,6 +5,7 @@
 
 #include "common/fault.h"
 #include "node/exits/head.h"
+#include "node/model/resident.h"
 
 enum { BLOCK_ALIGN = 64, HEAD_TOKENS = 128 }; // tokens of one pass over the head
 
@@ -98,6 +99,9 @@ static void forward(node_eval *e) {
     const node_batch batch = node_micro_batch(&e->micro);
     const size_t n = (size_t)batch.tokens * m->hidden;
     uint32_t exit = e->opts.all_exits ? 0 : m->exits - 1, taken = 0;
+    const uint32_t heads = (batch.tokens + HEAD_TOKENS - 1) / HEAD_TOKENS;
+    const node_resident_pass pass = {.last = m->exit_layer[m->exits - 1] - 1, .heads = heads};
+    node_resident_begin(m, &pass);
     node_embed(e->engine, m, &batch, e->x);
     for (uint32_t l = 0; l < m->exit_layer[m->exits - 1]; l++) {
         node_layer_forward(e->engine, m, l, node_lora_at_work(e->lora, m, l), &batch, &e->acts,
@@ -348,11 +352,24 @@ static fl_status settle(node_eval *e, node_adapter *adapter, const node_docs *he
     return FL_OK;
 }
 
+static node_eval_opts settle_opts(uint32_t window, uint32_t threads) {
+    return (node_eval_opts){.window = window,
+                            .threads = threads,
+                            .all_exits = true,
+                            .tokens_max = NODE_EVAL_FIT_TOKENS};
+}
+
+size_t node_eval_settle_size(const node_model *model, const node_lora *lora, uint32_t window,
+                             uint32_t threads) {
+    const node_eval_opts opts = settle_opts(window, threads);
+    const size_t fit = (size_t)NODE_EVAL_FIT_TOKENS * (NODE_TAU_GRID + 1) * sizeof(float);
+    return node_eval_size(model, lora, &opts) + model->exits * fit;
+}
+
 fl_status node_eval_settle_vote(const node_engine *engine, const node_model *model,
-                                node_adapter *adapter, const node_docs *held, uint32_t threads,
-                                node_eval_result *ret, fl_err *err) {
-    const node_eval_opts opts = {
-        .threads = threads, .all_exits = true, .tokens_max = NODE_EVAL_FIT_TOKENS};
+                                node_adapter *adapter, const node_docs *held, uint32_t window,
+                                uint32_t threads, node_eval_result *ret, fl_err *err) {
+    const node_eval_opts opts = settle_opts(window, threads);
     node_eval *e = NULL;
     uint64_t *begin = fl_fault() ? NULL : malloc((held->count + 3) * sizeof(*begin));
     fl_status st =

@@ -55,11 +55,15 @@ fl_status node_eval_run(node_eval *eval, const node_vote *vote, const node_docs 
 fl_status node_eval_fit(node_eval *eval, const node_docs *docs, uint64_t tokens_max, node_vote *ret,
                         fl_err *err) FL_NODISCARD;
 
+// Bytes that settling a vote takes with windows of so many tokens.
+size_t node_eval_settle_size(const node_model *model, const node_lora *lora, uint32_t window,
+                             uint32_t threads);
 // What a run of tuning ends with: fits the adapter's vote on one half of the held-out documents,
-// scores it on the other half (ret), and falls back to the last exit where it loses there.
+// scores it on the other half (ret), and falls back to the last exit where it loses there. window:
+// as in node_eval_opts.
 fl_status node_eval_settle_vote(const node_engine *engine, const node_model *model,
-                                node_adapter *adapter, const node_docs *held, uint32_t threads,
-                                node_eval_result *ret, fl_err *err) FL_NODISCARD;
+                                node_adapter *adapter, const node_docs *held, uint32_t window,
+                                uint32_t threads, node_eval_result *ret, fl_err *err) FL_NODISCARD;
 
 // Cuts documents in two by their order: one part to fit on, one to score. A single document is cut
 // in the middle of its tokens. `begin` holds the borders of both: [docs->count + 3].

@@ -5,6 +5,7 @@
 
 #include "common/rng.h"
 #include "kernels/vec.h"
+#include "node/model/resident.h"
 
 enum { LOSS_GRAIN = 16 };
 
@@ -51,7 +52,7 @@ static void finish_rows(void *ctx, size_t begin, size_t end, unsigned worker) {
             memset(dn, 0, d * sizeof(float));
             continue;
         }
-        node_matrix_row(&job->model->head, (uint32_t)job->target[t], row);
+        node_resident_row(job->model, &job->model->head, (uint32_t)job->target[t], row);
         fl_vec_scale(d, job->weight * (float)(1.0 / c->head->state[t].sum), dn);
         fl_vec_axpy(d, -job->weight, row, dn);
     }
@@ -82,6 +83,7 @@ double node_loss_step(const node_engine *engine, node_head *head, const node_los
     for (c.first = 0; c.first < vocabulary; c.first += c.n) {
         c.n = vocabulary - c.first < head->chunk ? vocabulary - c.first : head->chunk;
         const uint32_t begin = (uint32_t)c.first, end = (uint32_t)(c.first + c.n);
+        node_resident_head(job->model, begin, end);
         node_matmul_rows(engine, &job->model->head, begin, end, job->tokens, head->norm,
                          head->logits, scratch);
         fl_pool_run(engine->pool, job->tokens, LOSS_GRAIN, take_chunk, &c);

@@ -2,8 +2,10 @@
 #include "node/tune/tuner.h"
 
 #include <math.h>
+#include <stdio.h>
 
 #include "kernels/gemm_f32.h"
+#include "node/tune/evaluate.h"
 
 node_tune_opts node_tune_defaults(void) {
     return (node_tune_opts){.window = {.kind = NODE_WINDOW_LAST},
@@ -16,7 +18,9 @@ node_tune_opts node_tune_defaults(void) {
                             .epsilon = 1e-8f,
                             .clip = 1.0f,
                             .warmup = 5,
-                            .seed = 1};
+                            .seed = 1,
+                            .text_seed = 1,
+                            .prefix_bytes = NODE_TUNE_PREFIX};
 }
 
 static bool is_rate(float v, float max) {
@@ -49,18 +53,24 @@ static fl_status check(const node_model *model, uint32_t rank, const node_docs *
 }
 
 // Weights that steps read: layers up to the deepest exit, the head, and embedding rows.
-static uint64_t weights_of(const node_model *model, const node_docs *docs,
-                           const node_tune_opts *opts) {
-    const uint32_t depth = node_window_depth(model, &opts->window);
-    uint64_t bytes = model->head.size;
-    for (uint32_t l = 0; l <= depth; l++)
-        for (int m = 0; m < NODE_MODULES; m++) bytes += model->layer[l].linear[m].size;
-    if (!model->tied) {
-        const uint64_t page = 4096, row = model->embedding.size / model->embedding.rows;
-        const uint64_t rows = node_docs_inputs(docs) * (row + page);
-        bytes += rows < model->embedding.size ? rows : model->embedding.size;
+static bool place_weights(const node_model *model, const node_tune_opts *opts, uint64_t limit,
+                          node_tune_plan *ret) {
+    const node_resident_use use = {.layers = node_window_depth(model, &opts->window) + 1,
+                                   .window = ret->window,
+                                   .head_rows = opts->chunk};
+    return node_resident_make_plan(model, &use, limit, &ret->resident);
+}
+
+// Windows for the vote at the end, which takes the arena's place: the widest that fits.
+static void place_vote(const node_model *model, const node_lora *lora, uint64_t room,
+                       node_tune_plan *ret) {
+    const node_tune_opts *o = &ret->opts;
+    if (node_window_is_fixed(&o->window)) return;
+    for (uint32_t w = NODE_EVAL_WINDOW; w >= 64; w /= 2) {
+        ret->vote_window = w;
+        ret->vote_bytes = node_eval_settle_size(model, lora, w, o->threads);
+        if (ret->vote_bytes <= ret->arena_bytes || ret->vote_bytes <= room) return;
     }
-    return bytes;
 }
 
 static bool measure(const node_model *model, uint32_t rank, const node_docs *docs,
@@ -72,16 +82,41 @@ static bool measure(const node_model *model, uint32_t rank, const node_docs *doc
     adapter.opts.rank = rank;
     fl_arena_init_counting(&arena);
     node_tuner_bind(&tuner, NULL, model, &adapter, docs, opts, &arena);
-    *ret = (node_tune_plan){.opts = *opts,
-                            .window = tuner.window,
-                            .arena_bytes = arena.peak,
-                            .weight_bytes = weights_of(model, docs, opts)};
+    *ret = (node_tune_plan){.opts = *opts, .window = tuner.window, .arena_bytes = arena.peak};
     ret->resident_bytes = opts->resident_bytes != 0
                               ? opts->resident_bytes
                               : NODE_TUNE_RESIDENT + node_adapter_size(model, rank) +
                                     docs->begin[docs->count] * sizeof(int32_t);
-    ret->peak_bytes = ret->arena_bytes + ret->weight_bytes + ret->resident_bytes;
-    return opts->memory_bytes == 0 || ret->peak_bytes <= opts->memory_bytes;
+    const uint64_t limit = opts->memory_bytes == 0 ? UINT64_MAX : opts->memory_bytes;
+    const uint64_t rest = ret->resident_bytes + ret->arena_bytes;
+    (void)place_weights(model, opts, opts->stream && limit > rest ? limit - rest : 0, ret);
+    ret->weight_bytes = ret->resident.bytes;
+    if (ret->weight_bytes == 0)
+        ret->weight_bytes = ret->resident.least; // even the ring is too much
+    const uint64_t without = ret->resident_bytes + ret->weight_bytes;
+    place_vote(model, &adapter.lora, limit > without ? limit - without : 0, ret);
+    ret->peak_bytes =
+        without + (ret->vote_bytes > ret->arena_bytes ? ret->vote_bytes : ret->arena_bytes);
+    return ret->peak_bytes <= limit;
+}
+
+// A prefix cache in what the plan leaves of the limit, if states come again in this run at all.
+// Less than was asked for is a slower run, not a failure.
+static void add_prefix(const node_model *model, node_tune_plan *p) {
+    const node_tune_opts *o = &p->opts;
+    const uint64_t left = o->memory_bytes == 0 ? UINT64_MAX : o->memory_bytes - p->peak_bytes;
+    node_prefix_shape s = {.batches = p->batches,
+                           .entry_size = node_prefix_entry_size(o->sequence, model->hidden)};
+    const uint64_t held = node_window_held(model, &o->window);
+    if (held == 0 || (held != UINT64_MAX && held * o->micro <= s.batches)) return;
+    const uint64_t on_disk = o->prefix_disk / (s.entry_size + NODE_PREFIX_ROOM);
+    s.store_places = on_disk < s.batches ? (uint32_t)on_disk : s.batches;
+    node_prefix_fit(&s, o->prefix_bytes < left ? o->prefix_bytes : left);
+    const uint64_t size = node_prefix_size(&s);
+    if (s.places + s.store_places == 0 || size > left) return;
+    p->prefix = s;
+    p->prefix_bytes = size;
+    p->peak_bytes += size;
 }
 
 // Candidates from the fastest to the smallest. Later ones take strictly less.
@@ -105,8 +140,8 @@ static const candidate candidates[] = {
     {16, 64, 64, false},
 };
 
-static void apply(const node_model *model, const node_tune_opts *asked, const candidate *c,
-                  node_tune_opts *opts) {
+static void apply(const node_model *model, const node_docs *docs, const node_tune_opts *asked,
+                  const candidate *c, node_tune_opts *opts) {
     *opts = *asked;
     if (opts->micro == 0) opts->micro = 1;
     if (opts->sequence == 0) opts->sequence = c->sequence;
@@ -118,6 +153,24 @@ static void apply(const node_model *model, const node_tune_opts *asked, const ca
     const uint32_t layers = node_window_layers(model, &opts->window);
     if (opts->kept == NODE_TUNE_KEEP_AUTO) opts->kept = c->keep ? layers : 0;
     if (opts->kept > layers) opts->kept = layers;
+    opts->window.epoch_steps =
+        (node_batches_count(docs, opts->sequence) + opts->micro - 1) / opts->micro;
+}
+
+// Whole weights first: what is computed twice costs less than what is read again. Where they do
+// not fit in any way they pass through, and then nothing is kept that could be computed again.
+static bool search(const node_model *model, uint32_t rank, const node_docs *docs,
+                   const node_tune_opts *asked, node_tune_plan *ret) {
+    for (int stream = 0; stream <= (int)asked->stream; stream++) {
+        for (size_t i = 0; i < FL_COUNT(candidates); i++) {
+            node_tune_opts opts;
+            if (stream == 1 && candidates[i].keep) continue;
+            apply(model, docs, asked, &candidates[i], &opts);
+            opts.stream = stream == 1;
+            if (measure(model, rank, docs, &opts, ret)) return true;
+        }
+    }
+    return false;
 }
 
 static fl_status refuse(const node_model *model, uint32_t rank, const node_docs *docs,
@@ -127,16 +180,13 @@ static fl_status refuse(const node_model *model, uint32_t rank, const node_docs 
     node_tune_plan other;
     freed.window.size = freed.sequence = freed.chunk = 0;
     freed.kept = NODE_TUNE_KEEP_AUTO;
-    for (size_t i = 0; i < FL_COUNT(candidates); i++) {
-        node_tune_opts opts;
-        apply(model, &freed, &candidates[i], &opts);
-        if (!measure(model, rank, docs, &opts, &other)) continue;
+    if (search(model, rank, docs, &freed, &other))
         return FL_FAIL(err, FL_ENOMEM,
                        "that does not fit %.0f MB: it needs %.0f MB; a window of %u layers, "
                        "1 x %u tokens and chunks of %u need %.0f MB",
                        (double)asked->memory_bytes / mb, (double)smallest->peak_bytes / mb,
-                       other.window, opts.sequence, opts.chunk, (double)other.peak_bytes / mb);
-    }
+                       other.window, other.opts.sequence, other.opts.chunk,
+                       (double)other.peak_bytes / mb);
     return FL_FAIL(
         err, FL_ENOMEM,
         "nothing fits %.0f MB: the smallest plan (a window of %u layers, %u tokens) needs "
@@ -145,16 +195,42 @@ static fl_status refuse(const node_model *model, uint32_t rank, const node_docs 
         ceil((double)smallest->peak_bytes / mb), (double)smallest->weight_bytes / mb);
 }
 
+// What the limit cost against `best`, the plan without one.
+static void compare(const node_model *model, const node_tune_plan *best, node_tune_plan *plan) {
+    const node_tune_opts *b = &best->opts, *p = &plan->opts;
+    const node_resident_plan *r = &plan->resident;
+#define GAVE_UP(...)                                                                               \
+    snprintf(plan->gave_up[plan->gave_up_count++], NODE_TUNE_GAVE_UP_SIZE, __VA_ARGS__)
+    if (plan->window < best->window)
+        GAVE_UP("a window of %u layers instead of %u", plan->window, best->window);
+    if (p->sequence < b->sequence)
+        GAVE_UP("sequences of %u tokens instead of %u", p->sequence, b->sequence);
+    if (p->kept < plan->window && b->kept == best->window)
+        GAVE_UP("%u layers of the window are computed twice", plan->window - p->kept);
+    if (p->chunk < b->chunk)
+        GAVE_UP("the vocabulary %u at a time instead of %u", p->chunk, b->chunk);
+    if (r->ring != 0)
+        GAVE_UP("%u of %u layers%s are read again for every micro-batch (%.1f MB)",
+                r->layers_streamed, model->layers, r->head_streamed ? " and some of the head" : "",
+                (double)r->streamed / 1e6);
+    if (plan->vote_window < best->vote_window)
+        GAVE_UP("the vote is settled on windows of %u tokens instead of %u", plan->vote_window,
+                best->vote_window);
+#undef GAVE_UP
+}
+
 fl_status node_tune_make_plan(const node_model *model, uint32_t rank, const node_docs *docs,
                               const node_tune_opts *asked, node_tune_plan *ret, fl_err *err) {
     FL_TRY(check(model, rank, docs, asked, err));
-    node_tune_plan plan;
-    for (size_t i = 0; i < FL_COUNT(candidates); i++) {
-        node_tune_opts opts;
-        apply(model, asked, &candidates[i], &opts);
-        if (!measure(model, rank, docs, &opts, &plan)) continue;
-        *ret = plan;
-        return FL_OK;
-    }
-    return refuse(model, rank, docs, asked, &plan, err);
+    node_tune_plan plan, best;
+    node_tune_opts free = *asked;
+    free.memory_bytes = 0;
+    if (!search(model, rank, docs, asked, &plan))
+        return refuse(model, rank, docs, asked, &plan, err);
+    FL_ASSERT(search(model, rank, docs, &free, &best));
+    compare(model, &best, &plan);
+    plan.batches = node_batches_count(docs, plan.opts.sequence);
+    add_prefix(model, &plan);
+    *ret = plan;
+    return FL_OK;
 }

@@ -6,6 +6,7 @@
 #include "common/rng.h"
 #include "kernels/adamw.h"
 #include "kernels/vec.h"
+#include "node/model/resident.h"
 
 static uint32_t widest_span(const node_model *model, uint32_t rank) {
     uint32_t most = 0;
@@ -22,6 +23,33 @@ static uint32_t slots_of(const node_model *model, const node_window_opts *w, uin
     return node_window_is_fixed(w) || w->kind == NODE_WINDOW_ORDERED ? window : model->layers;
 }
 
+// Buffers of phases that never overlap, on the same bytes: what passes through a layer's forward
+// run, the loss, a layer's backward run. Then the activations that outlive their phase.
+static void bind_phases(node_tuner *t, const node_model *model, uint32_t n, uint32_t rank,
+                        uint32_t chunk, fl_arena *arena) {
+    const size_t mark = arena->used;
+    node_acts passing = {0};
+    node_acts_bind_passing(&passing, model, n, arena);
+    size_t end = arena->used;
+    fl_arena_rewind(arena, mark);
+    node_head_bind(&t->head, model, n, 1, chunk, arena);
+    t->dnorm = fl_arena_alloc(arena, (size_t)n * model->hidden, sizeof(float), 64);
+    if (arena->used > end) end = arena->used;
+    fl_arena_rewind(arena, mark);
+    node_back_bind(&t->back, model, n, rank, arena);
+    if (arena->used > end) end = arena->used;
+    fl_arena_rewind(arena, mark);
+    (void)fl_arena_alloc(arena, end - mark, 1, 1);
+    t->acts = passing;
+    if (t->opts.kept < t->window) node_acts_bind_lasting(&t->acts, model, n, n, rank, arena);
+    t->kept = FL_ARENA_NEW(arena, node_acts, t->opts.kept);
+    for (uint32_t i = 0; i < t->opts.kept; i++) {
+        node_acts unused = passing, *acts = t->kept == NULL ? &unused : &t->kept[i];
+        *acts = passing;
+        node_acts_bind_lasting(acts, model, n, n, rank, arena);
+    }
+}
+
 void node_tuner_bind(node_tuner *t, const node_engine *engine, const node_model *model,
                      node_adapter *adapter, const node_docs *docs, const node_tune_opts *planned,
                      fl_arena *arena) {
@@ -32,17 +60,12 @@ void node_tuner_bind(node_tuner *t, const node_engine *engine, const node_model 
     t->slots = slots_of(model, &planned->window, t->window);
     t->span = widest_span(model, rank);
     t->slot_first = UINT32_MAX;
-    node_packer_bind(&t->packer, docs, n, true, planned->seed, arena);
+    node_batches_bind(&t->batches, docs, n, planned->text_seed, planned->seed, arena);
     node_micro_bind(&t->micro, n, arena);
+    t->entry =
+        fl_arena_alloc(arena, 1, node_prefix_entry_size(n, model->hidden) + NODE_PREFIX_ROOM, 64);
     t->scratch = node_scratch_bind(model, n, planned->threads, arena);
-    node_head_bind(&t->head, model, n, 1, planned->chunk, arena);
-    node_back_bind(&t->back, model, n, rank, arena);
-    if (planned->kept < t->window) node_acts_bind(&t->acts, model, n, n, rank, arena);
-    t->kept = FL_ARENA_NEW(arena, node_acts, planned->kept);
-    for (uint32_t i = 0; i < planned->kept; i++) {
-        node_acts unused;
-        node_acts_bind(t->kept == NULL ? &unused : &t->kept[i], model, n, n, rank, arena);
-    }
+    bind_phases(t, model, n, rank, planned->chunk, arena);
     t->x = fl_arena_alloc(arena, n * row, sizeof(float), 64);
     t->dx = fl_arena_alloc(arena, n * row, sizeof(float), 64);
     t->inputs = fl_arena_alloc(arena, n * row * t->window, sizeof(float), 64);
@@ -51,6 +74,13 @@ void node_tuner_bind(node_tuner *t, const node_engine *engine, const node_model 
     t->m = fl_arena_alloc(arena, moments, sizeof(float), 64);
     t->v = fl_arena_alloc(arena, moments, sizeof(float), 64);
     t->updates = FL_ARENA_NEW(arena, uint64_t, t->slots + model->exits);
+}
+
+void node_tuner_use_prefix(node_tuner *t, node_prefix *prefix) {
+    FL_ASSERT(prefix->shape.batches == t->batches.count &&
+              prefix->shape.entry_size ==
+                  node_prefix_entry_size(t->opts.sequence, t->model->hidden));
+    t->prefix = prefix;
 }
 
 // Activations of a window's layer: kept ones belong to the layers nearest the exit.
@@ -69,12 +99,43 @@ static void run_below(node_tuner *t, const node_batch *batch, uint32_t layer, no
     node_layer_forward(t->engine, t->model, layer, lora, batch, acts, t->scratch, t->x);
 }
 
-static void forward(node_tuner *t, const node_batch *batch, node_window w) {
-    const size_t size = (size_t)t->opts.sequence * t->model->hidden;
+static void begin_pass(const node_tuner *t, node_window w, uint32_t first) {
+    const node_resident_pass pass = {
+        .first = first, .last = w.last, .heads = 1, .low = w.first, .back = true};
+    node_resident_begin(t->model, &pass);
+}
+
+// x = the state that enters the window. Above the embedding it always goes through the form in
+// which it is kept, so that it has the same bits whether it was found or computed.
+static void enter_window(node_tuner *t, const node_batch *batch, node_window w, uint32_t index) {
+    const uint32_t hidden = t->model->hidden;
+    if (w.first == 0) {
+        begin_pass(t, w, 0);
+        node_embed(t->engine, t->model, batch, t->x);
+        return;
+    }
+    node_prefix_key key = {{0, 0}};
+    if (t->prefix != NULL) {
+        key = node_prefix_key_of(t->prefix->base, &t->micro);
+        if (node_prefix_get(t->prefix, index, key, t->entry)) {
+            begin_pass(t, w, w.first);
+            node_prefix_decode(batch->tokens, hidden, t->entry, t->x);
+            return;
+        }
+    }
+    begin_pass(t, w, 0);
     node_embed(t->engine, t->model, batch, t->x);
-    // Below the window nothing is kept, so any activations will do; the lowest is written last.
+    // Nothing is kept here, so any activations will do; the lowest is written last.
     for (uint32_t l = 0; l < w.first; l++)
         run_below(t, batch, l, t->opts.kept < t->window ? &t->acts : &t->kept[t->window - 1]);
+    node_prefix_encode(batch->tokens, hidden, t->x, t->entry);
+    node_prefix_decode(batch->tokens, hidden, t->entry, t->x);
+    if (t->prefix != NULL) node_prefix_put(t->prefix, index, key, t->entry);
+}
+
+static void forward(node_tuner *t, const node_batch *batch, node_window w, uint32_t index) {
+    const size_t size = (size_t)t->opts.sequence * t->model->hidden;
+    enter_window(t, batch, w, index);
     for (uint32_t l = w.first; l <= w.last; l++) {
         memcpy(t->inputs + (l - w.first) * size, t->x,
                (size_t)batch->tokens * t->model->hidden * sizeof(float));
@@ -83,9 +144,11 @@ static void forward(node_tuner *t, const node_batch *batch, node_window w) {
 }
 
 static double micro_step(node_tuner *t, node_window w, float weight, uint64_t draw) {
+    const uint32_t index = node_batches_next(&t->batches);
     const size_t row = t->model->hidden, size = t->opts.sequence * row;
+    node_batches_fill(&t->batches, index, &t->micro);
     const node_batch batch = node_micro_batch(&t->micro);
-    forward(t, &batch, w);
+    forward(t, &batch, w, index);
     const node_loss_job loss = {.model = t->model,
                                 .gain = t->adapter->lora.exit_gain[w.exit],
                                 .tokens = batch.tokens,
@@ -94,7 +157,7 @@ static double micro_step(node_tuner *t, node_window w, float weight, uint64_t dr
                                 .least = NODE_LOSS_LEAST,
                                 .draw = draw,
                                 .weight = weight,
-                                .dnorm = t->back.dnorm,
+                                .dnorm = t->dnorm,
                                 .dx = t->dx,
                                 .dgain = t->grad + (size_t)t->window * t->span};
     const double nll = node_loss_step(t->engine, &t->head, &loss, t->scratch);
@@ -174,10 +237,11 @@ void node_tuner_step(node_tuner *t, node_tune_report *ret) {
     double nll = 0;
     uint64_t scored = 0, tokens = 0;
     memset(t->grad, 0, ((size_t)t->window * t->span + t->model->hidden) * sizeof(float));
-    // Micro-batches are full (pieces wrap around), so the weight of a token is known beforehand.
+    if (t->prefix != NULL && w.first > 0)
+        node_prefix_begin(t->prefix, node_prefix_base(t->model, t->adapter, w.first));
+    // Micro-batches are full (the line of documents wraps around): a token's weight is known.
     const float weight = 1.0f / (float)((uint64_t)t->opts.micro * t->opts.sequence);
     for (uint32_t i = 0; i < t->opts.micro; i++) {
-        if (!node_packer_fill(&t->packer, &t->micro, true)) break;
         nll += micro_step(t, w, weight, fl_rng_key(t->opts.seed, t->step, i));
         scored += t->micro.scored;
         tokens += t->micro.tokens;

@@ -11,17 +11,24 @@
 //            process holds already. A plan that does not fit `memory_bytes` is refused with the
 //            smallest that would. What the caller left at 0 the plan chooses: the fastest that
 //            fits.
+//   Prefix   the state that enters a window is rounded as prefix.h says and may come from its
+//   cache:
+//            node_tuner_use_prefix. The plan sizes it: nothing for schedules under which no state
+//            comes again, or for runs that end with the first epoch.
 //   Bits     a run is a function of (model, adapter, documents, options): of seed and step, not of
-//            threads or of what was planned for `kept` and `chunk` (chunk: in the last bits only).
+//            threads, of the prefix cache, or of what was planned for `kept` and `chunk` (chunk: in
+//            the last bits only).
 //   Source   truncated forward and windows: Edge-LLM, arXiv 2406.15758, section 3.2; recomputation:
 //            Chen et al. 2016, arXiv 1604.06174; AdamW: arXiv 1711.05101, algorithm 2.
 #ifndef NODE_TUNE_TUNER_H
 #define NODE_TUNE_TUNER_H
 
+#include "node/model/resident.h"
 #include "node/tune/adapter.h"
 #include "node/tune/backward.h"
 #include "node/tune/data.h"
 #include "node/tune/loss.h"
+#include "node/tune/prefix.h"
 #include "node/tune/window.h"
 
 enum {
@@ -30,6 +37,7 @@ enum {
     NODE_TUNE_SEQUENCE_MAX = 4096,
     NODE_TUNE_MICRO_MAX = 1024,
     NODE_TUNE_RESIDENT = 12 << 20, // bytes of the program itself, when the caller does not know
+    NODE_TUNE_PREFIX = 64 << 20,   // 58,000 tokens of a model of 576
 };
 #define NODE_TUNE_KEEP_AUTO UINT32_MAX
 
@@ -45,9 +53,13 @@ typedef struct node_tune_opts {
     float clip;              // largest norm of the gradient of all that the step trains; 0: none
     uint32_t warmup;         // steps over which the rates rise linearly
     uint64_t seed;           // of the order of the data, of random windows, of thinning
+    uint64_t text_seed;      // of what the micro-batches are: runs that share it share their states
+    uint64_t prefix_bytes;   // the prefix cache may take in memory, if the limit leaves as much
+    uint64_t prefix_disk;    // and in the program's store
     uint64_t memory_bytes;   // the whole process may have resident; 0: no limit
     uint64_t resident_bytes; // what it has already, weights not counted; 0: NODE_TUNE_RESIDENT,
                              // the adapter and the tokens
+    bool stream; // may weights pass through memory? The caller then opens plan->resident
 } node_tune_opts;
 
 // The measured recipe (SmolLM2-135M, three domains, 12,000 tokens each): last window at the last
@@ -56,13 +68,24 @@ typedef struct node_tune_opts {
 // made the last exit worse. Everything that a plan can choose is left to it.
 node_tune_opts node_tune_defaults(void);
 
+enum { NODE_TUNE_GAVE_UP_MAX = 6, NODE_TUNE_GAVE_UP_SIZE = 120 };
+
 typedef struct node_tune_plan {
-    node_tune_opts opts;     // every choice made
-    uint32_t window;         // layers of the widest window
-    uint64_t arena_bytes;    // exactly what bind takes
+    node_tune_opts opts;   // every choice made
+    uint32_t window;       // layers of the widest window
+    uint64_t arena_bytes;  // exactly what bind takes
+    uint64_t prefix_bytes; // exactly what node_prefix_bind takes for this shape; 0: no cache
+    node_prefix_shape prefix;
+    uint32_t batches;        // micro-batches of an epoch
     uint64_t weight_bytes;   // of the mapped model, touched by steps
     uint64_t resident_bytes; // of the process besides
-    uint64_t peak_bytes;     // the sum: the process's resident set at its highest
+    uint64_t peak_bytes;     // the process's resident set at its highest
+    node_resident_plan resident;
+    uint32_t vote_window; // tokens of a window when the vote is settled at the end, with the arena
+    uint64_t vote_bytes;  // given back; 0: it is not settled
+    // What the memory limit cost, a phrase each ("a window of 3 layers instead of 7").
+    uint32_t gave_up_count;
+    char gave_up[NODE_TUNE_GAVE_UP_MAX][NODE_TUNE_GAVE_UP_SIZE];
 } node_tune_plan;
 
 // FL_EARG for options out of range (a window larger than the model, an exit that does not exist),
@@ -80,14 +103,17 @@ typedef struct node_tuner {
     node_tune_opts opts;
     uint64_t step;   // steps done
     uint64_t tokens; // inputs seen
-    node_packer packer;
+    node_batches batches;
     node_micro micro;
+    node_prefix *prefix; // NULL: nothing is kept
+    uint8_t *entry;      // the state that enters the window, in the prefix's form
     node_scratch *scratch;
     node_head head;
     node_back back;
     node_acts acts;               // of layers that are recomputed
     node_acts *kept;              // [opts.kept]
     float *x, *dx;                // [sequence][hidden]
+    float *dnorm;                 // [sequence][hidden] of the loss
     float *inputs;                // [window][sequence][hidden]
     float *grad;                  // [window] spans of a layer, then one gain
     float *m, *v;                 // moments: [slots] spans, then [exits] gains
@@ -102,6 +128,10 @@ void node_tuner_bind(node_tuner *tuner, const node_engine *engine, const node_mo
                      node_adapter *adapter, const node_docs *docs, const node_tune_opts *planned,
                      fl_arena *arena);
 
+// States are kept in `prefix` from now on, which was bound for this plan's shape, and are found
+// that an earlier tuner of the same shape left there. It outlives the tuner.
+void node_tuner_use_prefix(node_tuner *tuner, node_prefix *prefix);
+
 typedef struct node_tune_report {
     uint64_t step;      // the first is 1
     node_window window; // exit and layers
@@ -113,7 +143,7 @@ typedef struct node_tune_report {
 } node_tune_report;
 
 // Allocates nothing. The adapter's values may be changed between steps (a federation's new round);
-// the moments stay.
+// the moments stay, and what is cached of states above a changed value is dropped.
 void node_tuner_step(node_tuner *tuner, node_tune_report *ret);
 
 #endif

@@ -45,10 +45,17 @@ static uint32_t by_importance(const node_model *model, const node_window_opts *o
     return model->exits - 1;
 }
 
+// Steps of each window but the last one of `ordered`.
+static uint64_t ordered_run(const node_model *model, const node_window_opts *opts) {
+    const uint64_t share = opts->steps / model->exits, epoch = opts->epoch_steps;
+    if (share == 0) return 1;
+    return epoch == 0 || share < epoch ? share : share - share % epoch;
+}
+
 static uint32_t exit_at(const node_model *model, const node_window_opts *opts, uint64_t step) {
     const uint32_t exits = model->exits;
     const uint64_t key = fl_rng_key(opts->seed, 0x77696e, 0);
-    const uint64_t run = opts->steps / exits == 0 ? 1 : opts->steps / exits;
+    const uint64_t run = ordered_run(model, opts);
     switch (opts->kind) {
     case NODE_WINDOW_ORDERED:
         return step / run < exits ? (uint32_t)(step / run) : exits - 1;
@@ -75,6 +82,19 @@ node_window node_window_at(const node_model *model, const node_window_opts *opts
 
 bool node_window_is_fixed(const node_window_opts *opts) {
     return opts->kind == NODE_WINDOW_FIXED || opts->kind == NODE_WINDOW_LAST;
+}
+
+uint64_t node_window_held(const node_model *model, const node_window_opts *opts) {
+    if (!node_window_is_fixed(opts) && opts->kind != NODE_WINDOW_ORDERED) return 0;
+    uint64_t held = opts->steps == 0 ? UINT64_MAX : opts->steps;
+    if (opts->kind == NODE_WINDOW_ORDERED) held = ordered_run(model, opts);
+    for (uint32_t t = 0; t < model->exits;
+         t++) { // a window that begins at layer 0 has nothing below
+        if (opts->kind == NODE_WINDOW_FIXED && t != opts->exit) continue;
+        if (opts->kind == NODE_WINDOW_LAST && t != model->exits - 1) continue;
+        if (node_window_of_exit(model, opts->size, t).first > 0) return held;
+    }
+    return 0;
 }
 
 uint32_t node_window_layers(const node_model *model, const node_window_opts *opts) {

@@ -4,7 +4,11 @@
 // cumulative: each sits on the adapted layers below it, which it does not change.
 //
 //   last        always the last exit: the model's own output improves at once
-//   ordered     exit 0 for the first steps/T steps, then exit 1, ... the last takes the remainder
+//   ordered     exit 0 for the first steps/T steps, then exit 1, ... the last takes the remainder.
+//               From below upwards, so that no window is trained on layers that change after it;
+//               each for whole epochs where steps/T has one, so that every window sees all of the
+//               text equally often and, from its second epoch on, finds its input in the prefix
+//               cache (prefix.h)
 //   cyclic      exit step mod T
 //   random      every exit with the same probability
 //   heavy       the last exit every other step, between them the others in turn
@@ -34,9 +38,10 @@ bool node_window_parse(const char *name, node_window_kind *ret) FL_NODISCARD;
 
 typedef struct node_window_opts {
     node_window_kind kind;
-    uint32_t size;  // layers; 0: from the exit below to this one
-    uint32_t exit;  // of `fixed`
-    uint64_t steps; // of the whole run, for `ordered`
+    uint32_t size;        // layers; 0: from the exit below to this one
+    uint32_t exit;        // of `fixed`
+    uint64_t steps;       // of the whole run, for `ordered`; 0: not known
+    uint64_t epoch_steps; // that go once through the text, for `ordered`; 0: not known
     uint64_t seed;
     float importance[NODE_EXITS_MAX];
 } node_window_opts;
@@ -52,6 +57,9 @@ node_window node_window_of_exit(const node_model *model, uint32_t size, uint32_t
 // Most layers that a window of these options has, and the deepest layer that any of them runs.
 uint32_t node_window_layers(const node_model *model, const node_window_opts *opts);
 uint32_t node_window_depth(const node_model *model, const node_window_opts *opts);
+// Steps for which a window stays while nothing below it changes: 0 when every step may train
+// another, UINT64_MAX when the run's end is not known. A run of one window: all its steps.
+uint64_t node_window_held(const node_model *model, const node_window_opts *opts);
 // Do all steps train the same layers?
 bool node_window_is_fixed(const node_window_opts *opts);
 
