@@ -26,7 +26,7 @@ WINDOW, SEQUENCE = 7, 256          # where they are not what varies
 def step(o, model: str, window: int, sequence: int, steps: int):
     def once() -> dict:
         got = measure.tune(o, model, o.data, "--window", window, "--sequence", sequence,
-                           "--micro-batches", 1, "--steps", steps)
+                           "--micro-batches", 1, "--steps", steps, "--prefix-cache", 0)
         return {"ms": 1000 * sequence / got["tokens/s"], "MB": got["MB"],
                 "planned": got["planned MB"]}
     return once

@@ -169,15 +169,24 @@ def best(turns: list[dict], key: str, names: list[str]) -> str:
     return max(names, key=lambda n: statistics.median(t[n][key] for t in turns))
 
 
-def tune(o: argparse.Namespace, model: str, data: str, *more) -> dict:
-    """One run of tuning: rate of its steps alone, peak memory, and what was planned."""
+def tune(o: argparse.Namespace, model: str, data: str, *more, skip: int = 0) -> dict:
+    """One run of tuning: rate of its steps alone, peak memory, and what was planned.
+
+    With skip the rate is that of the steps after so many, or a little later: a line a second is
+    all that tune prints.
+    """
     out = pathlib.Path(o.scratch, f"tune-{os.getpid()}.adapter")
     got = run([o.node, "tune", model, "--data", data, "--out", out, "--threads", o.threads,
                "--json", *more])
     out.unlink()
     lines = [json.loads(line) for line in got.text.strip().splitlines()]
     done, steps = lines[-1], [line for line in lines if "done" not in line]
-    return {"tokens/s": steps[-1]["tokens_per_second"], "MB": done["peak_rss_bytes"] / 1e6,
+    times = [(s["step"], s["step"] * s["tokens"] / s["tokens_per_second"]) for s in steps]
+    first = next((t for t in times[:-1] if t[0] >= skip > 0), (0, 0.0))
+    if skip > 0 and first[0] == 0:
+        sys.exit(f"too few steps to leave out {skip}")
+    rate = (times[-1][0] - first[0]) * steps[-1]["tokens"] / (times[-1][1] - first[1])
+    return {"tokens/s": rate, "MB": done["peak_rss_bytes"] / 1e6,
             "planned MB": done["planned_peak_bytes"] / 1e6, "loss": steps[-1]["loss"]}
 
 

@@ -7,7 +7,8 @@ peer_inference.py --model OURS [--model OURS ...] --gguf Q4_0.gguf [--gguf Q4_1.
 OURS are models for fleetune-node (compressed, or plain GGUF), the --gguf files are those of the
 other engines; all of one model. Prefill of 512 tokens, decode of 128 (with nothing before them, and
 after 512 tokens), tokens a second, with --threads threads. For each engine and file the best
-options are looked for first: flash attention on or off, and for ik_llama.cpp repacking at load (-rtr). The peers' command line programs are for
+options are looked for first: flash attention on or off, and for ik_llama.cpp repacking at load
+(-rtr). The peers' command line programs are for
 the time from start to the first token with a warm page cache; memory is the resident set at its
 highest while 512 tokens are read and 128 written.
 """

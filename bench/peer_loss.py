@@ -87,7 +87,8 @@ def torch(o: argparse.Namespace, lr: float, text: str, seed: int, steps: int):
         state = pathlib.Path(o.scratch, "peer_loss",
                              f"{pathlib.Path(text).stem}-{o.dtype}-{lr}-{seed}-{steps}.state")
         got = measure.run([o.python, measure.HERE / "peer_torch_loss.py", "--gguf", o.gguf,
-                           "--train", train, "--held", held, "--state", state, "--lr", lr, "--seed", seed,
+                           "--train", train, "--held", held, "--state", state, "--lr", lr,
+                           "--seed", seed,
                            "--steps", steps, "--dtype", o.dtype, "--threads", o.threads,
                            "--seconds", max(1, min(seconds, o.chunk))])
         return got.last_json().get("nll")

@@ -5,8 +5,10 @@ peers.py --model MODEL [--model MODEL ...] --data TEXT [--python PYTHON] [--opti
 
 Each MODEL has SmolLM2-135M's shapes, TEXT is what to tune on, PYTHON an interpreter that has torch,
 transformers and peft. Steps are 4 x 256 tokens. First the peer's best setting is looked for:
-float32 or bfloat16, activations kept or checkpointed, an allocator that keeps its pages, float32 products
-rounded to bfloat16 inside, one thread fewer; then the arms take turns.
+float32 or bfloat16, activations kept or checkpointed, an allocator that keeps its pages,
+float32 products rounded to bfloat16 inside, one thread fewer; then the arms take turns. Ours are the last
+window and the four exits in turn, without the prefix cache, and the last window again from the
+second epoch of a short text on, with the cache.
 """
 import json
 import pathlib
@@ -14,7 +16,8 @@ import sys
 
 import measure
 
-SHAPE = ["--sequence", "256", "--micro-batches", "4"]
+SHAPE = ("--sequence", "256", "--micro-batches", "4")
+EPOCH_BYTES, EPOCH_STEPS, EPOCHS_STEPS = 24000, 10, 40  # text of an epoch of at most 10 steps
 
 # glibc gives large blocks back to the system at once; for torch: page faults in every step.
 KEEP_PAGES = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296",
@@ -64,11 +67,15 @@ def main() -> None:
     if kept:
         kept.write_text(json.dumps(best) + "\n")
     name = f"torch, PEFT, {' '.join(best['setting'])}"
-    arms = {}
+    arms, part = {}, pathlib.Path(o.scratch, "peers-epoch.txt")
+    part.write_bytes(pathlib.Path(o.data).read_bytes()[:EPOCH_BYTES].rpartition(b"<|endoftext|>")[0])
     for m in o.model:
+        stem = pathlib.Path(m).stem
         for way in ("last", "cyclic"):
-            arms[f"{pathlib.Path(m).stem}, {way}"] = lambda m=m, way=way: measure.tune(
-                o, m, o.data, *SHAPE, "--steps", o.steps, "--schedule", way)
+            arms[f"{stem}, {way}, no cache"] = lambda m=m, way=way: measure.tune(
+                o, m, o.data, *SHAPE, "--steps", o.steps, "--schedule", way, "--prefix-cache", 0)
+        arms[f"{stem}, last, cached epochs"] = lambda m=m: measure.tune(
+            o, m, part, *SHAPE, "--steps", EPOCHS_STEPS, skip=EPOCH_STEPS)
 
     def peer() -> dict:
         got = torch(o, tuple(best["setting"]), o.steps - 2, best["threads"])

@@ -1,4 +1,4 @@
-"""Line plots as SVG, written by hand: points with their spread, and a straight line through them."""
+"""Line plots as SVG, made by hand: points with their spread, and a line fitted to them."""
 import dataclasses
 import html
 import math
