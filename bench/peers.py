@@ -5,8 +5,8 @@ peers.py --model MODEL [--model MODEL ...] --data TEXT [--python PYTHON] [--opti
 
 Each MODEL has SmolLM2-135M's shapes, TEXT is what to tune on, PYTHON an interpreter that has torch,
 transformers and peft. Steps are 4 x 256 tokens. First the peer's best setting is looked for:
-float32 or bfloat16, activations kept or checkpointed, an allocator that keeps its pages,
-float32 products rounded to bfloat16 inside, one thread fewer; then the arms take turns. Ours are the last
+float32 or bfloat16, activations kept or checkpointed, an allocator that keeps its pages, float32
+products rounded to bfloat16 inside, one thread fewer; then the arms take turns. Ours are the last
 window and the four exits in turn, without the prefix cache, and the last window again from the
 second epoch of a short text on, with the cache.
 """
@@ -68,7 +68,8 @@ def main() -> None:
         kept.write_text(json.dumps(best) + "\n")
     name = f"torch, PEFT, {' '.join(best['setting'])}"
     arms, part = {}, pathlib.Path(o.scratch, "peers-epoch.txt")
-    part.write_bytes(pathlib.Path(o.data).read_bytes()[:EPOCH_BYTES].rpartition(b"<|endoftext|>")[0])
+    text = pathlib.Path(o.data).read_bytes()[:EPOCH_BYTES]
+    part.write_bytes(text.rpartition(b"<|endoftext|>")[0] or text)
     for m in o.model:
         stem = pathlib.Path(m).stem
         for way in ("last", "cyclic"):
