@@ -28,14 +28,17 @@ uint32_t fl_cpu_detect(void) {
 #elif defined(__aarch64__) && defined(__linux__)
     const unsigned long caps = getauxval(AT_HWCAP);
     if (caps & HWCAP_ASIMD) cpu |= FL_CPU_NEON;
+    const unsigned long more = getauxval(AT_HWCAP2);
     if (caps & HWCAP_ASIMDDP) cpu |= FL_CPU_DOTPROD;
+    if (more & HWCAP2_I8MM) cpu |= FL_CPU_I8MM;
+    if (more & HWCAP2_BF16) cpu |= FL_CPU_BF16;
 #endif
     return cpu;
 }
 
 const char *fl_cpu_feature(uint32_t cpu, unsigned i) {
-    static const char *const names[] = {"AVX2", "FMA",     "F16C",        "AVX-512 VNNI",
-                                        "NEON", "DOTPROD", "AVX-512 BF16"};
+    static const char *const names[] = {"AVX2",    "FMA",          "F16C", "AVX-512 VNNI", "NEON",
+                                        "DOTPROD", "AVX-512 BF16", "I8MM", "BF16"};
     for (unsigned bit = 0; bit < FL_COUNT(names); bit++) {
         if ((cpu >> bit & 1u) == 0) continue;
         if (i == 0) return names[bit];

@@ -13,6 +13,8 @@ enum {
     FL_CPU_NEON = 1u << 4,
     FL_CPU_DOTPROD = 1u << 5, // SDOT/UDOT of ARMv8.2
     FL_CPU_AVX512_BF16 = 1u << 6,
+    FL_CPU_I8MM = 1u << 7, // SMMLA, USMMLA, USDOT
+    FL_CPU_BF16 = 1u << 8, // BFMMLA, BFDOT
 };
 
 #if defined(__x86_64__)

@@ -25,7 +25,8 @@
     FL_ON_X86(X(avx2, FL_CPU_AVX2 | FL_CPU_F16C))                                                  \
     FL_ON_X86(X(vnni, FL_CPU_AVX512_VNNI))                                                         \
     FL_ON_ARM64(X(neon, FL_CPU_NEON))                                                              \
-    FL_ON_ARM64(X(dotprod, FL_CPU_NEON | FL_CPU_DOTPROD))
+    FL_ON_ARM64(X(dotprod, FL_CPU_NEON | FL_CPU_DOTPROD))                                          \
+    FL_ON_ARM64(X(i8mm, FL_CPU_NEON | FL_CPU_DOTPROD | FL_CPU_I8MM))
 
 typedef void (*fl_gemm_packed_fn)(const fl_packed *w, uint32_t row_begin, uint32_t row_end,
                                   const fl_x8 *x, float *y, size_t y_stride);

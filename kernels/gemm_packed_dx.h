@@ -40,7 +40,8 @@ typedef struct fl_packed_range {
     X(ref, FL_CPU_NONE, 0)                                                                         \
     FL_ON_X86(X(avx2, FL_CPU_AVX2 | FL_CPU_FMA | FL_CPU_F16C, 0))                                  \
     FL_ON_X86(X(bf16, FL_CPU_AVX512_VNNI | FL_CPU_AVX512_BF16, 0x1.02p-7f))                        \
-    FL_ON_ARM64(X(neon, FL_CPU_NEON, 0))
+    FL_ON_ARM64(X(neon, FL_CPU_NEON, 0))                                                           \
+    FL_ON_ARM64(X(bf16, FL_CPU_NEON | FL_CPU_BF16, 0x1.02p-7f))
 
 typedef void (*fl_gemm_packed_dx_fn)(const fl_packed *w, const fl_packed_range *range,
                                      uint32_t tokens, const float *dy, size_t dy_stride, float *dx,

@@ -2,7 +2,8 @@
 # Installs what is missing, builds with warnings as errors, and runs every test:
 #   1. debug: ASan, UBSan, fault injection, fuzz corpus replay, bench smoke, tidy
 #   2. release: the same tests at full speed, and the programs end to end
-#   3. arm64: kernels and engine cross-built, run under qemu-user as a Cortex-A72 and a Cortex-A76
+#   3. arm64: kernels and engine cross-built, run under qemu-user as a Cortex-A72 and a Cortex-A76; what
+#      depends on the kernels also as a Cortex-A53 and as `max`, which has i8mm and bf16
 # Conformance tests use the folder FLEETUNE_DATA (default: ../shared/data beside the checkout) when
 # it is there, and say that they were skipped when it is not.
 #
@@ -42,6 +43,10 @@ for part in $parts; do
     arm64)
         run_part arm64 env -u FLEETUNE_SMOLLM2 QEMU_CPU=cortex-a72 ctest --preset arm64 -LE host
         env -u FLEETUNE_SMOLLM2 QEMU_CPU=cortex-a76 ctest --preset arm64 -LE host
+        for core in cortex-a53 max; do
+            QEMU_CPU=$core ctest --preset arm64 -R \
+                'test_(packed|gemm|attention|elementwise|forward|generate|gradients|luc)|bench_repeat'
+        done
         ;;
     *)
         echo "usage: tests/run.sh [debug|release|arm64]" >&2

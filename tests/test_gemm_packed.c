@@ -261,7 +261,7 @@ static void check_gemm(uint32_t rows, uint32_t cols, uint32_t bits, uint32_t tok
 static void test_gemm_variants_are_equal(void) {
     for (const fl_gemm_packed_variant *v = fl_gemm_packed_variants; v->fn != NULL; v++)
         (void)runs_here(v->need, "gemm_packed", v->tag);
-    static const uint32_t tokens[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 33};
+    static const uint32_t tokens[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 33, 67};
     for (uint32_t bits = 2; bits <= 8; bits++) {
         for (size_t i = 0; i < sizeof(tokens) / sizeof(tokens[0]); i++) {
             check_gemm(33, 172, bits, tokens[i]);
@@ -447,6 +447,8 @@ static void test_select(void) {
     T_STR(k.gemm_packed_tag, fl_gemm_packed_variants[last].tag);
     T_STR(fl_cpu_feature(FL_CPU_AVX2 | FL_CPU_DOTPROD, 1), "DOTPROD");
     T_CHECK(fl_cpu_feature(FL_CPU_AVX2 | FL_CPU_DOTPROD, 2) == NULL, "two features");
+    T_STR(fl_cpu_feature(FL_CPU_NEON | FL_CPU_I8MM | FL_CPU_BF16, 1), "I8MM");
+    T_STR(fl_cpu_feature(FL_CPU_NEON | FL_CPU_I8MM | FL_CPU_BF16, 2), "BF16");
 }
 
 T_MAIN({"quantise_is_as_defined", test_quantise_is_as_defined},

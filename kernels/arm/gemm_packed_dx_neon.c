@@ -63,11 +63,44 @@ static void tile_floats(const uint8_t *tile, uint32_t bits, float *panel) {
     dequantise(tile, codes, panel);
 }
 
+FL_INLINE float32x4_t add_lane(float32x4_t sum, float32x4_t w, float32x4_t d, int lane) {
+    switch (lane) {
+    case 0:
+        return vfmaq_laneq_f32(sum, w, d, 0);
+    case 1:
+        return vfmaq_laneq_f32(sum, w, d, 1);
+    case 2:
+        return vfmaq_laneq_f32(sum, w, d, 2);
+    default:
+        return vfmaq_laneq_f32(sum, w, d, 3);
+    }
+}
+
+// sum[tokens][4] += four rows of dy[tokens] times as many of a strip, one row after the other.
+FL_INLINE void add_four(int tokens, const float *strip, const float *dy, size_t dy_stride,
+                        float32x4_t *sum) {
+    float32x4_t d[TOKENS];
+#pragma GCC unroll 4
+    for (int t = 0; t < tokens; t++) d[t] = vld1q_f32(dy + (size_t)t * dy_stride);
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; r++) {
+        float32x4_t w[4];
+        FL_STAY();
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) w[i] = vld1q_f32(strip + r * STRIP + 4 * i);
+#pragma GCC unroll 16
+        for (int i = 0; i < 4 * tokens; i++) sum[i] = add_lane(sum[i], w[i % 4], d[i / 4], r);
+    }
+}
+
 // sum[tokens][4] += dy[tokens] of the rows times a strip: of its first rows, or of those listed.
 FL_INLINE void add_rows(int tokens, const float *strip, const fl_dx_rows *rows, bool listed,
                         const float *dy, size_t dy_stride, float32x4_t *sum) {
+    size_t n = 0;
+    for (; !listed && n + 4 <= rows->count; n += 4)
+        add_four(tokens, strip + n * STRIP, dy + n, dy_stride, sum);
 #pragma GCC unroll 1
-    for (size_t n = 0; n < rows->count; n++) {
+    for (; n < rows->count; n++) {
         const size_t r = listed ? rows->row[n] : n;
         float32x4_t w[4];
 #pragma GCC unroll 4

@@ -1,5 +1,8 @@
 // unpack_neon.h: reading the bit planes of packed.h, 16 codes at a time. Forced inline, so that
 // each variant's copy is built with that variant's flags.
+//
+// Block b < 8 of a tile is the 16 codes 16 b + 128 n .. + 15 for n < 8: rows 4 (b % 4) .. + 3 by
+// the four columns of step b / 4 + 2 n. Every plane keeps a block's codes in the same bytes.
 #ifndef FL_KERNELS_ARM_UNPACK_NEON_H
 #define FL_KERNELS_ARM_UNPACK_NEON_H
 
@@ -9,35 +12,50 @@
 
 #define FL_INLINE static inline __attribute__((always_inline))
 
-// From the plane of `width` bits: codes j + 128 n .. + 15, shifted up by `to`. j < 128 is a
-// multiple of 16, n < 8.
-FL_INLINE uint8x16_t fl_plane_neon(const uint8_t *plane, int width, size_t j, int n, int to) {
-    const uint8x16_t v = vld1q_u8(plane + j + 128 * (size_t)(n % width));
-    const int8_t left = (int8_t)(to - n / width * width); // negative: to the right
-    const uint8_t mask = (uint8_t)(((1 << width) - 1) << to);
-    return vandq_u8(vshlq_u8(v, vdupq_n_s8(left)), vdupq_n_u8(mask));
+// Nothing is loaded before this that is written after it: what comes early holds a register, and
+// sums need almost all.
+#define FL_STAY() __asm__ volatile("" ::: "memory")
+
+// Bits `from` .. of each byte moved to `to` ..; what else is in the byte moves along. Written with
+// the operators because the intrinsic for either direction takes its shift in a register.
+FL_INLINE uint8x16_t fl_moved_neon(uint8x16_t v, int from, int to) {
+    return from > to ? v >> (uint8_t)(from - to) : from < to ? v << (uint8_t)(to - from) : v;
 }
 
-// Codes j + 128 n .. + 15 of a tile whose planes begin at `data`.
-FL_INLINE uint8x16_t fl_codes_neon(const uint8_t *data, int bits, size_t j, int n) {
-    if (bits == 8) return vld1q_u8(data + j + 128 * (size_t)n);
-    const int low = bits >= 4 ? 4 : 2;
-    uint8x16_t v = fl_plane_neon(data, low, j, n, 0);
+// The bytes of a plane of `width` bits that hold code n of block b.
+FL_INLINE uint8x16_t fl_plane_neon(const uint8_t *plane, int width, int b, int n) {
+    return vld1q_u8(plane + 16 * b + 128 * (n % width));
+}
+
+// v with the bits of code n of block b in a plane of `width` bits inserted at `to`.
+FL_INLINE uint8x16_t fl_insert_neon(uint8x16_t v, const uint8_t *plane, int width, int b, int n,
+                                    int to) {
+    const uint8x16_t bits = fl_plane_neon(plane, width, b, n);
+    return vbslq_u8(vdupq_n_u8((uint8_t)(((1 << width) - 1) << to)),
+                    fl_moved_neon(bits, n / width * width, to), v);
+}
+
+// Code n of block b of a tile whose planes begin at `data`.
+FL_INLINE uint8x16_t fl_codes_neon(const uint8_t *data, int bits, int b, int n) {
+    if (bits == 8) return vld1q_u8(data + 16 * b + 128 * n);
+    const int low = bits >= 4 ? 4 : 2, from = n / low * low;
+    uint8x16_t v = fl_moved_neon(fl_plane_neon(data, low, b, n), from, 0);
+    if (from + low != 8) v = vandq_u8(v, vdupq_n_u8((uint8_t)((1 << low) - 1)));
     data += 128 * low;
     if (bits == 6 || bits == 7) {
-        v = vorrq_u8(v, fl_plane_neon(data, 2, j, n, 4));
+        v = fl_insert_neon(v, data, 2, b, n, 4);
         data += 256;
     }
-    if (bits == 3 || bits == 5 || bits == 7)
-        v = vorrq_u8(v, fl_plane_neon(data, 1, j, n, bits - 1));
+    if (bits == 3 || bits == 5 || bits == 7) v = fl_insert_neon(v, data, 1, b, n, bits - 1);
     return v;
 }
 
 // All 1024 codes of a tile, in the canonical order.
 FL_INLINE void fl_unpack_neon(const uint8_t *data, int bits, uint8_t *out) {
-    for (size_t j = 0; j < 128; j += 16) {
+    for (int b = 0; b < 8; b++) {
 #pragma GCC unroll 8
-        for (int n = 0; n < 8; n++) vst1q_u8(out + j + 128 * n, fl_codes_neon(data, bits, j, n));
+        for (int n = 0; n < 8; n++)
+            vst1q_u8(out + 16 * b + 128 * n, fl_codes_neon(data, bits, b, n));
     }
 }
 

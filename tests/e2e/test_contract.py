@@ -157,18 +157,24 @@ def least_memory(f, model, text, window):
 
 
 def check_small_node(f, model):
-    """A device that cannot hold the usual window gets a smaller one."""
+    """A device that cannot hold its task says so, is given a smaller one, and works when it can."""
     text = f.dir / "small.txt"
     text.write_text(fleet.text_of("small", 6000))
     one, two = (least_memory(f, model, text, w) for w in (1, 2))
     fleet.check(one < two, f"plan: a window of 1 takes {one}, of 2 {two}")
     fleet.check(f.join("small", f.token("--auto-approve")).returncode == 0, "small joins")
-    f.node("small", text.read_text(), "--memory", (one + two) // 2).start()
-    fleet.wait_for("an update of the small node",
-                   lambda: "update.acknowledged" in f.nodes["small"].text(), 40)
-    tasks = [t for k, _, t in f.events("task.given") if "layers 3 to 3" in t]
-    fleet.check(tasks, f"its task is one layer: {f.nodes['small'].text()}")
-    fleet.check(f.nodes["small"].stop() == 0, "the small node ends well")
+    # What an agent has resident besides is more than a plan's command: this is too little for it.
+    small = f.node("small", text.read_text(), "--memory", one)
+    small.start()
+    fleet.wait_for("the small node says what it lacks",
+                   lambda: "task.failed: nothing fits" in small.text(), 40)
+    fleet.wait_for("a task of one layer",
+                   lambda: [t for _, _, t in f.events("task.given") if "layers 3 to 3" in t], 40)
+    fleet.check(small.stop() == 0, "the small node ends well")
+    small.args[small.args.index(str(one))] = str(two + (32 << 20))
+    small.start()
+    fleet.wait_for("an update of the small node", lambda: "update.acknowledged" in small.text(), 40)
+    fleet.check(small.stop() == 0, "the small node ends well")
     f.ok(f.coordinator_bin, "revoke", f.home, "small")
 
 

@@ -26,7 +26,9 @@ def check_peak(what, done):
     plan, peak = done["planned_peak_bytes"], done["peak_rss_bytes"]
     off = peak / plan - 1
     print(f"{what}: planned {plan / 1e6:.1f} MB, measured {peak / 1e6:.1f} MB ({off:+.1%})")
-    fleet.check(abs(off) <= CLOSE, f"{what}: planned {plan}, measured {peak} bytes")
+    # A ring of a small model is a few pages: there less than planned may be more than the 5 %.
+    fleet.check(off <= CLOSE and peak >= plan * (1 - CLOSE) - (2 << 20),
+                f"{what}: planned {plan}, measured {peak} bytes")
 
 
 def tune(f, model, *args, steps=4):  # every exit of a cycle is reached
@@ -62,6 +64,7 @@ def check_smaller(f, model):
 
 def check_streaming(f, model, best):
     """Half of the model's bytes as limit: the same losses, read again in every pass."""
+    forget(model)  # in large pages of the cache, as it was just written, edges would map more
     limit = model.stat().st_size // 2
     done = tune(f, model, "--memory", limit, "--sequence", 128)
     check_peak(f"tune in half of the model's size ({limit / 1e6:.1f} MB)", done)
