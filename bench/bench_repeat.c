@@ -173,7 +173,7 @@ int main(int argc, char **argv) {
     uint32_t v[5] = {0};
     for (int i = 3; i < argc && i < 8; i++) v[i - 3] = number(argv[i]);
     int status = 2;
-    if (bench_smoke(argc, argv)) status = smoke();
+    if (argc == 2 && strcmp(what, "--smoke") == 0) status = smoke();
     if (argc == 8 && strcmp(what, "product") == 0)
         status = product(argv[2], v[0], v[1], v[2], v[3], v[4]);
     if (argc == 8 && strcmp(what, "dx") == 0) status = dx(argv[2], v[0], v[1], v[2], v[3], v[4]);
