@@ -134,7 +134,7 @@ static fl_status choose(const node_job *job, node_schedule *s, fl_err *err) {
 // The owner's choices do not fit, or nothing does: says which, and what would.
 static fl_status refuse(const node_job *job, node_schedule *s, fl_err *err) {
     const double mb = 1e6, asked = (double)job->opts.memory_bytes / mb;
-    const node_choice least = s->list[0];
+    node_choice least = s->list[0];
     node_tune_opts opts;
     node_tune_plan plan;
     node_job freed = *job;
@@ -148,7 +148,8 @@ static fl_status refuse(const node_job *job, node_schedule *s, fl_err *err) {
                        asked, ceil((double)least.peak_bytes / mb), c->window, c->micro_batch,
                        c->sequence, c->chunk, (double)c->peak_bytes / mb);
     }
-    node_job_opts(job, &least, &opts);
+    least = s->list[0];
+    node_job_opts(&freed, &least, &opts);
     opts.stream = job->opts.stream;
     node_tune_measure(job->model, job->adapter->opts.rank, job->docs, &opts, &plan);
     return FL_FAIL(
