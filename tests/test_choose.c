@@ -122,6 +122,68 @@ static void test_the_owner_is_told_what_would_fit(void) {
     rig_close(r);
 }
 
+// Whole weights in every way first; with less memory than any of them takes, weights pass through,
+// nothing is kept that can be computed again, and the plan says what that costs.
+static void test_weights_pass_through_when_nothing_else_fits(void) {
+    rig *r = rig_open();
+    node_schedule s;
+    fl_err err;
+    T_OK(node_schedule_make(&r->job, &s, &err), err);
+    T_EQ(s.plan.gave_up_count, 0);
+    const uint64_t most = s.plan.peak_bytes;
+    uint32_t whole = 0, passing = 0;
+    r->job.opts.stream = true;
+    for (uint64_t budget = most - 1;; budget -= 4096) {
+        r->job.opts.memory_bytes = budget;
+        const fl_status st = node_schedule_make(&r->job, &s, &err);
+        if (st == FL_ENOMEM) break;
+        T_OK(st, err);
+        T_CHECK(s.plan.peak_bytes <= budget, "%llu of %llu", (unsigned long long)s.plan.peak_bytes,
+                (unsigned long long)budget);
+        T_EQ(s.plan.resident.ring != 0, s.choice.stream_bytes > 0);
+        r->job.opts.stream = false;
+        node_schedule alone;
+        const fl_status without = node_schedule_make(&r->job, &alone, NULL);
+        r->job.opts.stream = true;
+        T_EQ(without, s.choice.stream_bytes > 0 ? FL_ENOMEM : FL_OK);
+        if (s.choice.stream_bytes == 0) {
+            whole++;
+            continue;
+        }
+        passing++;
+        T_EQ(s.plan.opts.kept, 0);
+        bool said = false;
+        for (uint32_t i = 0; i < s.plan.gave_up_count; i++)
+            said = said || strstr(s.plan.gave_up[i], "are read again") != NULL;
+        T_CHECK(said, "%u phrases", s.plan.gave_up_count);
+    }
+    T_CHECK(whole > 0 && passing > 0, "%u whole, %u passing", whole, passing);
+    T_CHECK(strstr(err.text, "nothing fits") != NULL, "%s", err.text);
+    rig_close(r);
+}
+
+// The prefix cache takes what the choice leaves, and changes no choice.
+static void test_the_prefix_cache_takes_what_is_left(void) {
+    rig *r = rig_open();
+    node_schedule bare, s;
+    fl_err err;
+    T_OK(node_schedule_make(&r->job, &bare, &err), err);
+    uint32_t some = 0;
+    for (uint64_t left = 0; left <= 1 << 20; left += 1 << 17) {
+        r->job.opts.prefix_bytes = 1 << 30;
+        r->job.opts.memory_bytes = bare.plan.peak_bytes + left;
+        T_OK(node_schedule_make(&r->job, &s, &err), err);
+        T_EQ(s.plan.peak_bytes, bare.plan.peak_bytes + s.plan.prefix_bytes);
+        T_CHECK(s.plan.peak_bytes <= r->job.opts.memory_bytes, "above the limit");
+        T_EQ(s.choice.kept, bare.choice.kept);
+        T_EQ(s.choice.chunk, bare.choice.chunk);
+        T_EQ(s.plan.gave_up_count, 0);
+        some += s.plan.prefix_bytes > 0;
+    }
+    T_CHECK(some > 0, "a prefix cache was planned");
+    rig_close(r);
+}
+
 static void test_measuring_changes_nothing(void) {
     rig *r = rig_open();
     for (uint32_t id = 0; id < node_adapter_spans(r->adapter); id++) // as after some training
@@ -190,5 +252,8 @@ static void test_the_smallest_model(void) {
 
 T_MAIN({"every_budget", test_every_budget},
        {"the_owner_is_told_what_would_fit", test_the_owner_is_told_what_would_fit},
+       {"weights_pass_through_when_nothing_else_fits",
+        test_weights_pass_through_when_nothing_else_fits},
+       {"the_prefix_cache_takes_what_is_left", test_the_prefix_cache_takes_what_is_left},
        {"measuring_changes_nothing", test_measuring_changes_nothing},
        {"the_smallest_model", test_the_smallest_model})
