@@ -2,9 +2,11 @@
 
 #include "common/checked.h"
 #include "common/clock.h"
+#include "node/commands/choose.h"
 #include "node/commands/setup.h"
 #include "node/exits/head.h"
 #include "node/prefix_disk.h"
+#include "node/schedule/policy.h"
 #include "node/tune/evaluate.h"
 #include "node/tune/tuner.h"
 #include "proto/seal.h"
@@ -17,6 +19,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
 
 enum { PAUSE_MS = 200, UNKNOWN_WINDOW = FL_LAYERS_MAX };
 
@@ -32,7 +35,9 @@ struct node_worker {
     // States below the window outlive a task: a round is shorter than an epoch, and as long as the
     // fleet trains what lies above them they are found again in the next.
     node_prefix_home prefix;
-    double base_nll; // held-out loss of the model without adapter; NAN until measured
+    bool spare;       // the device is warm: half the threads
+    node_watch watch; // since the task began
+    double base_nll;  // held-out loss of the model without adapter; NAN until measured
 
     fl_task task;
     fl_layer_version bases[FL_LAYERS_MAX];
@@ -268,24 +273,51 @@ static node_tune_opts tune_opts(const node_worker *w) {
     o.text_seed = fl_get_u64(w->state->identity_key);      // of the same micro-batches in each task
     o.prefix_bytes = w->opts.prefix_bytes;
     o.prefix_disk = w->opts.prefix_folder[0] == '\0' ? 0 : w->opts.prefix_disk;
-    o.threads = fl_pool_threads(w->session.pool);
+    o.threads = (uint32_t)w->opts.threads;
     o.memory_bytes = w->opts.memory_bytes;
+    const uint64_t limit = w->session.facts.memory_limit; // it may have changed since the start
+    if (limit != 0 && (o.memory_bytes == 0 || limit < o.memory_bytes)) o.memory_bytes = limit;
     o.resident_bytes = node_setup_bytes(&w->session);
     o.stream = true;
     return o;
 }
 
-// The plan of the task, with a shorter sequence when the coordinator's does not fit. Also learns
-// the widest window that this device can hold.
-static fl_status make_plan(node_worker *w, const node_adapter *a, node_tune_plan *ret,
+// The plan of the task for the machine as it is now, with shorter sequences, and more of them, when
+// the coordinator's do not fit. Also learns the widest window that this device can hold. `steps`: 0
+// plans by what is known, else what is not known may be measured.
+static fl_status make_plan(node_worker *w, node_adapter *a, uint64_t steps, node_tune_plan *ret,
                            fl_err *err) {
-    node_tune_opts o = tune_opts(w);
-    const node_model *m = w->session.model;
+    node_facts_read("", &w->session.facts);
+    const node_facts *facts = &w->session.facts;
+    w->spare = node_policy_spare(facts->temperature_c, w->opts.pause_c, w->spare);
+    if (steps == 0) w->watch = node_watch_begin();
+    const uint32_t online = (uint32_t)sysconf(_SC_NPROCESSORS_ONLN);
+    const uint32_t threads =
+        node_policy_threads(node_facts_threads(facts), online, node_watch_others(&w->watch));
+    char path[NODE_PATH_MAX], folder[NODE_PATH_MAX];
+    node_state_path(w->state, "model.gguf", path);
+    node_state_path(w->state, "", folder);
+    node_job job = {.kern = &w->session.kern,
+                    .facts = facts,
+                    .model = w->session.model,
+                    .adapter = a,
+                    .docs = &w->corpus->train,
+                    .opts = tune_opts(w),
+                    .threads_max = w->spare && threads > 1 ? threads / 2 : threads,
+                    .steps = steps,
+                    .folder = folder,
+                    .path = path};
+    node_tune_opts *o = &job.opts;
+    node_schedule s;
     fl_status st = FL_ENOMEM;
-    for (; o.sequence >= NODE_TUNE_SEQUENCE_MIN && st == FL_ENOMEM; o.sequence /= 2)
-        st = node_tune_make_plan(m, a->opts.rank, &w->corpus->train, &o, ret, err);
-    if (st == FL_ENOMEM) w->window_max = o.window.size > 1 ? o.window.size / 2 : 0;
-    return st;
+    for (; o->sequence >= NODE_TUNE_SEQUENCE_MIN && st == FL_ENOMEM; o->sequence /= 2) {
+        st = node_schedule_make(&job, &s, err);
+        if (o->micro <= NODE_TUNE_MICRO_MAX / 2) o->micro *= 2;
+    }
+    if (st == FL_ENOMEM) w->window_max = o->window.size > 1 ? o->window.size / 2 : 0;
+    FL_TRY(st);
+    *ret = s.plan;
+    return node_setup_threads(&w->session, s.plan.opts.threads, err);
 }
 
 static void sleep_ms(unsigned ms) {
@@ -388,7 +420,7 @@ static fl_status open_prefix(node_worker *w, const node_prefix_shape *shape, fl_
 static fl_status train(node_worker *w, node_adapter *a, fl_err *err) {
     const node_model *m = w->session.model;
     node_tune_plan plan;
-    FL_TRY(make_plan(w, a, &plan, err));
+    FL_TRY(make_plan(w, a, w->task.steps, &plan, err));
     size_t values = 0;
     for (uint32_t i = 0; i < w->task.base_count; i++) {
         if (w->bases[i].layer >= m->layers || a->version[w->bases[i].layer] != w->bases[i].version)
@@ -433,7 +465,7 @@ static fl_status do_task(node_worker *w, fl_err *err) {
     fl_status st = node_adapter_save(a, path, err);
     if (st != FL_OK) goto out;
     node_tune_plan plan; // refused before anything takes time
-    if (w->task.kind == FL_TASK_TRAIN) st = make_plan(w, a, &plan, err);
+    if (w->task.kind == FL_TASK_TRAIN) st = make_plan(w, a, 0, &plan, err);
     if (st != FL_OK) goto out;
     st = measure(w, a, r, err);
     if (st != FL_OK) goto out;

@@ -9,7 +9,8 @@
 typedef struct node_worker_opts {
     const char *data;          // file or folder of private text
     uint64_t memory_bytes;     // of the whole process; 0: what the machine has
-    int64_t threads;           // 0: the machine's fast cores
+    int64_t threads;           // 0: the best number, chosen anew for every task
+    double pause_c;            // degrees at which the owner's rules pause it
     uint64_t prefix_bytes;     // memory for states that come again (node/tune/prefix.h); 0: none
     const char *prefix_folder; // "": none on disk
     uint64_t prefix_disk;      // bytes there

@@ -455,6 +455,52 @@ static void test_a_later_run_finds_what_an_earlier_left(void) {
     free(ends[1]);
 }
 
+// A run that is bound anew within an epoch goes on with the order of that epoch and with what the
+// cache holds: each micro-batch misses once, and the bits are those of a run without either.
+static void test_a_run_that_is_bound_anew_finds_its_states(void) {
+    uint8_t *ends[2];
+    size_t size = 0;
+    for (int moving = 0; moving < 2; moving++) {
+        t_seed = 79;
+        rig *r = rig_open(&tiny_default);
+        node_tune_opts o = small_opts();
+        node_tune_report report;
+        node_prefix prefix = {0};
+        void *block = NULL;
+        o.kept = 0;
+        rig_bind(r, &o);
+        const uint32_t batches = r->plan.batches;
+        if (moving) {
+            fl_arena arena;
+            block = aligned_alloc(64, (r->plan.prefix_bytes + 63) / 64 * 64);
+            T_NEED(block != NULL, "memory");
+            fl_arena_init(&arena, block, r->plan.prefix_bytes);
+            node_prefix_bind(&prefix, &r->plan.prefix, NULL, &arena);
+            node_tuner_use_prefix(&r->tuner, &prefix);
+        }
+        for (uint32_t i = 0; i < 2 * batches; i++) {
+            node_tuner_step(&r->tuner, &report);
+            if (!moving || i % 7 != 4) continue;
+            void *state = malloc(node_tuner_state_size(&r->tuner));
+            T_NEED(state != NULL, "memory");
+            node_tuner_state_get(&r->tuner, state);
+            o.kept = i % 2;
+            rig_bind(r, &o);
+            node_tuner_use_prefix(&r->tuner, &prefix);
+            node_tuner_state_set(&r->tuner, state);
+            free(state);
+        }
+        if (moving) T_EQ(prefix.misses, batches);
+        if (moving) T_EQ(prefix.hits, batches);
+        ends[moving] = bytes_of(r->adapter, &size);
+        free(block);
+        rig_close(r);
+    }
+    T_CHECK(memcmp(ends[0], ends[1], size) == 0, "the same bits");
+    free(ends[0]);
+    free(ends[1]);
+}
+
 static void test_every_schedule_has_the_same_bits(void) {
     const kind none = {.none = true}, all = {.places = 1000};
     for (int w = NODE_WINDOW_LAST; w <= NODE_WINDOW_FIXED; w++) {
@@ -481,4 +527,6 @@ T_MAIN({"rows_survive", test_rows_survive},
        {"the_bound_is_sharp", test_the_bound_is_sharp},
        {"training_has_the_same_bits", test_training_has_the_same_bits},
        {"a_later_run_finds_what_an_earlier_left", test_a_later_run_finds_what_an_earlier_left},
+       {"a_run_that_is_bound_anew_finds_its_states",
+        test_a_run_that_is_bound_anew_finds_its_states},
        {"every_schedule_has_the_same_bits", test_every_schedule_has_the_same_bits})

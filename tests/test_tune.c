@@ -239,35 +239,85 @@ static void test_a_gradient_that_is_not_finite_changes_nothing(void) {
     rig_close(r);
 }
 
-static void test_memory_is_refused_with_what_would_do(void) {
+static void test_memory_is_refused_with_what_it_needs(void) {
     rig *r = rig_open(&tiny_default);
     node_tune_opts o = node_tune_defaults();
-    node_tune_plan plan, small;
+    node_tune_plan plan, again;
     o.prefix_bytes = 0;
     fl_err err;
-    o.memory_bytes = 1000;
-    T_EQ(node_tune_make_plan(&r->t->model, 4, &r->text.docs, &o, &plan, &err), FL_ENOMEM);
-    T_CHECK(strstr(err.text, "the smallest plan") != NULL, "%s", err.text);
-    o.memory_bytes = 0;
     T_OK(node_tune_make_plan(&r->t->model, 4, &r->text.docs, &o, &plan, &err), err);
     T_EQ(plan.opts.sequence, NODE_TUNE_SEQUENCE);
+    T_EQ(plan.opts.micro, 1);
+    T_EQ(plan.opts.chunk, NODE_TUNE_CHUNK);
     T_EQ(plan.opts.kept, plan.window);
-    // One byte less than the best: something smaller is chosen, and it fits.
-    o.memory_bytes = plan.peak_bytes - 1;
-    T_OK(node_tune_make_plan(&r->t->model, 4, &r->text.docs, &o, &small, &err), err);
-    T_CHECK(small.peak_bytes < plan.peak_bytes, "%llu", (unsigned long long)small.peak_bytes);
-    // The same budget with the large choice fixed: refused, and the other is proposed.
-    o.sequence = plan.opts.sequence;
-    o.chunk = plan.opts.chunk;
-    o.kept = plan.opts.kept;
-    o.window.size = plan.window;
-    T_EQ(node_tune_make_plan(&r->t->model, 4, &r->text.docs, &o, &plan, &err), FL_ENOMEM);
-    T_CHECK(strstr(err.text, "a window of") != NULL && strstr(err.text, "need") != NULL, "%s",
-            err.text);
+    node_tune_measure(&r->t->model, 4, &r->text.docs, &plan.opts, &again);
+    T_EQ(again.peak_bytes, plan.peak_bytes);
     // The bound is sharp.
-    o.memory_bytes++;
-    T_OK(node_tune_make_plan(&r->t->model, 4, &r->text.docs, &o, &plan, &err), err);
-    T_EQ(plan.peak_bytes, o.memory_bytes);
+    o.memory_bytes = plan.peak_bytes;
+    T_OK(node_tune_make_plan(&r->t->model, 4, &r->text.docs, &o, &again, &err), err);
+    T_EQ(again.peak_bytes, plan.peak_bytes);
+    o.memory_bytes--;
+    T_EQ(node_tune_make_plan(&r->t->model, 4, &r->text.docs, &o, &again, &err), FL_ENOMEM);
+    T_CHECK(strstr(err.text, "that does not fit") != NULL && strstr(err.text, "need") != NULL, "%s",
+            err.text);
+    rig_close(r);
+}
+
+// Moves the run to another plan after 3 steps and back after 7; the same bits as without.
+static void test_a_run_goes_on_with_another_plan(void) {
+    fl_pool *pool = NULL;
+    fl_err err;
+    T_OK(fl_pool_open(3, &pool, &err), err);
+    for (int kind = NODE_WINDOW_LAST; kind <= NODE_WINDOW_IMPORTANCE; kind++) {
+        size_t size, other;
+        uint8_t *ends[2];
+        for (int moving = 0; moving < 2; moving++) {
+            t_seed = 78;
+            rig *r = rig_open(&tiny_default);
+            node_tune_opts o = small_opts();
+            node_tune_report report;
+            o.window.kind = (node_window_kind)kind;
+            o.window.steps = 70;
+            o.micro = 2;
+            o.kept = 0;
+            rig_bind(r, &o);
+            for (int i = 0; i < 70; i++) { // more than an epoch
+                node_tuner_step(&r->tuner, &report);
+                if (!moving || (i != 3 && i != 40)) continue;
+                void *state = malloc(node_tuner_state_size(&r->tuner));
+                T_NEED(state != NULL, "memory");
+                node_tuner_state_get(&r->tuner, state);
+                o.kept = i == 3 ? 2 : 1;
+                o.threads = i == 3 ? 3 : 1;
+                r->engine.pool = i == 3 ? pool : NULL;
+                rig_bind(r, &o);
+                node_tuner_state_set(&r->tuner, state);
+                free(state);
+            }
+            T_EQ(report.step, 70);
+            T_CHECK(r->tuner.batches.epoch > 0, "epoch %llu",
+                    (unsigned long long)r->tuner.batches.epoch);
+            ends[moving] = bytes_of(r->adapter, moving ? &other : &size);
+            rig_close(r);
+        }
+        T_CHECK(size == other && memcmp(ends[0], ends[1], size) == 0, "%s",
+                node_window_name((node_window_kind)kind));
+        free(ends[0]);
+        free(ends[1]);
+    }
+    fl_pool_close(pool);
+}
+
+static void test_a_step_says_where_its_time_went(void) {
+    rig *r = rig_open(&tiny_default);
+    node_tune_opts o = small_opts();
+    node_tune_report s;
+    o.window.size = 2;
+    o.micro = 3;
+    rig_bind(r, &o);
+    node_tuner_step(&r->tuner, &s);
+    T_CHECK(s.below_s > 0 && s.window_s > 0 && s.head_s > 0 && s.back_s > 0 && s.rest_s > 0,
+            "%g %g %g %g %g", s.below_s, s.window_s, s.head_s, s.back_s, s.rest_s);
     rig_close(r);
 }
 
@@ -426,6 +476,8 @@ T_MAIN({"plan_is_the_arena", test_plan_is_the_arena},
        {"resume_from_a_file", test_resume_from_a_file},
        {"a_gradient_that_is_not_finite_changes_nothing",
         test_a_gradient_that_is_not_finite_changes_nothing},
-       {"memory_is_refused_with_what_would_do", test_memory_is_refused_with_what_would_do},
+       {"memory_is_refused_with_what_it_needs", test_memory_is_refused_with_what_it_needs},
        {"the_plan_counts_the_prefix_cache", test_the_plan_counts_the_prefix_cache},
+       {"a_run_goes_on_with_another_plan", test_a_run_goes_on_with_another_plan},
+       {"a_step_says_where_its_time_went", test_a_step_says_where_its_time_went},
        {"options_are_checked", test_options_are_checked}, {"windows", test_windows})

@@ -1,10 +1,11 @@
 // doctor: what this machine is, how fast it is, and what the scheduler chose; every problem with
 // what to do about it.
-#include "common/clock.h"
-#include "common/json.h"
+#include "common/file.h"
+#include "common/rng.h"
 #include "node/commands/commands.h"
+#include "node/commands/setup.h"
+#include "node/commands/show.h"
 #include "node/commands/state_dir.h"
-#include "node/schedule/probe.h"
 
 #include <limits.h>
 #include <math.h>
@@ -14,12 +15,16 @@
 #include <sys/statvfs.h>
 
 typedef struct doctor_opts {
+    char model[FL_SETTING_TEXT_MAX];
     char state[FL_SETTING_TEXT_MAX];
     bool again;
     bool json;
 } doctor_opts;
 
 static const fl_setting table[] = {
+    {NULL, "model", FL_KIND_TEXT, "FILE", 0, 0, "",
+     "show, and measure, how this model would be tuned here (default: the fleet's, not measured)",
+     NULL, offsetof(doctor_opts, model)},
     {NULL, "state", FL_KIND_TEXT, "FOLDER", 0, 0, "", "where the node keeps its state", NULL,
      offsetof(doctor_opts, state)},
     {NULL, "again", FL_KIND_FLAG, NULL, 0, 0, "no", "measure again, do not use the cache", NULL,
@@ -104,19 +109,62 @@ static void check_disk(report *r, const char *folder) {
         "%.0f MB free at %s", mb, folder);
 }
 
-static fl_status rates_of(const doctor_opts *o, const char *folder, const node_facts *f,
-                          const fl_kern *kern, node_rates *ret, bool *ret_cached, fl_err *err) {
+static fl_status rates_of(const doctor_opts *o, const char *folder, const char *model,
+                          const node_facts *f, const fl_kern *kern, node_rates *ret,
+                          bool *ret_cached, fl_err *err) {
     char path[PATH_MAX];
     if (snprintf(path, sizeof(path), "%s/rates", folder) >= (int)sizeof(path))
         return FL_FAIL(err, FL_EARG, "the state folder's path is too long");
     *ret_cached = !o->again && node_rates_read(path, f, ret, NULL) == FL_OK;
     if (*ret_cached) return FL_OK;
-    FL_TRY(node_rates_measure(kern, node_facts_threads(f), ret, err));
-    return node_rates_write(path, f, ret, err);
+    const node_watch watch = node_watch_begin();
+    FL_TRY(
+        node_rates_measure(kern, node_facts_threads(f), node_facts_memory_budget(f, 0), ret, err));
+    if (model[0] != '\0' && node_rates_storage(model, &ret->storage_bytes, NULL) != FL_OK)
+        ret->storage_bytes = 0;
+    return node_watch_disturbed(&watch) ? FL_OK : node_rates_write(path, f, ret, err);
+}
+
+// How the model would be tuned here: with the recipe, on a made-up document. Measured only when the
+// owner named the model, for that takes seconds.
+static fl_status schedule_of(const doctor_opts *o, const char *folder, const char *model,
+                             node_schedule *ret, fl_err *err) {
+    enum { TOKENS = 4097 };
+    static int32_t ids[TOKENS];
+    static const uint64_t begin[] = {0, TOKENS};
+    const node_docs docs = {.ids = ids, .begin = begin, .count = 1};
+    const node_setup_opts setup = {.model = model, .without_tokenizer = true};
+    const node_adapter_opts adapter_opts = node_adapter_defaults();
+    node_setup s = {0};
+    node_adapter *adapter = NULL;
+    fl_status st = node_setup_open(&setup, &s, err);
+    if (st == FL_OK) st = node_adapter_open(s.model, &adapter_opts, &adapter, err);
+    if (st == FL_OK) {
+        for (int i = 0; i < TOKENS; i++)
+            ids[i] = (int32_t)fl_rng_below(7, (uint64_t)i, s.model->vocabulary);
+        node_job job = {.kern = &s.kern,
+                        .facts = &s.facts,
+                        .model = s.model,
+                        .adapter = adapter,
+                        .docs = &docs,
+                        .opts = node_tune_defaults(),
+                        .threads_max = node_facts_threads(&s.facts),
+                        .steps = o->model[0] != '\0' ? UINT64_MAX : 0,
+                        .folder = folder,
+                        .path = model};
+        job.opts.threads = 0;
+        job.opts.prefix_bytes = 0;
+        job.opts.stream = true;
+        job.opts.memory_bytes = node_facts_memory_budget(&s.facts, 0);
+        st = node_schedule_make(&job, ret, err);
+    }
+    node_adapter_close(adapter);
+    node_setup_close(&s);
+    return st;
 }
 
 static fl_status print_json(const report *r, const node_facts *f, const fl_kern *k,
-                            const node_rates *rates, fl_err *err) {
+                            const node_rates *rates, const node_schedule *schedule, fl_err *err) {
     fl_json *root = fl_json_object();
     fl_json *checks = fl_json_add_array(root, "checks");
     for (size_t i = 0; i < r->count; i++) {
@@ -133,23 +181,16 @@ static fl_status print_json(const report *r, const node_facts *f, const fl_kern 
 #define X(name) fl_json_set_string(kernels, #name, k->name->tag);
     FL_KERN_GROUP_LIST(X)
 #undef X
-    fl_json *measured = fl_json_add_array(root, "rates");
-    for (uint32_t n = 1; n <= rates->threads; n++) {
-        fl_json *t = fl_json_add_object(measured, NULL);
-        fl_json_set_integer(t, "threads", n);
-        fl_json_set_number(t, "packed_operations_per_second", rates->packed_ops[n]);
-        fl_json_set_number(t, "float_operations_per_second", rates->float_ops[n]);
-        fl_json_set_number(t, "read_bytes_per_second", rates->read_bytes[n]);
-    }
-    fl_json_set_integer(root, "threads_compute", rates->threads_compute);
-    fl_json_set_integer(root, "threads_stream", rates->threads_stream);
+    node_show_rates_json(rates, root);
+    if (schedule != NULL) node_show_schedule_json(schedule, root);
     fl_json_set_integer(root, "memory_budget_bytes", (int64_t)node_facts_memory_budget(f, 0));
     const fl_status st = fl_json_print(root, stdout, err);
     fl_json_free(root);
     return st;
 }
 
-static void print_text(const report *r, const fl_kern *k, const node_rates *rates, bool cached) {
+static void print_text(const report *r, const fl_kern *k, const node_rates *rates,
+                       const node_schedule *schedule, bool cached) {
     for (size_t i = 0; i < r->count; i++) {
         const check *c = &r->list[i];
         printf("%s %-14s %s\n", c->fine ? "ok  " : "FAIL", c->name, c->found);
@@ -163,13 +204,10 @@ static void print_text(const report *r, const fl_kern *k, const node_rates *rate
     FL_KERN_GROUP_LIST(X)
 #undef X
     printf("\nmeasured%s:\n", cached ? " earlier (--again repeats it)" : "");
-    for (uint32_t n = 1; n <= rates->threads; n++)
-        printf("  %2u thread%s  4-bit products %6.1f Gop/s, gradients %6.1f Gop/s, memory %5.1f "
-               "GB/s\n",
-               n, n == 1 ? " " : "s", rates->packed_ops[n] / 1e9, rates->float_ops[n] / 1e9,
-               rates->read_bytes[n] / 1e9);
+    node_show_rates(rates, stdout);
     printf("threads chosen: %u for tuning and prompts, %u for writing text\n",
            rates->threads_compute, rates->threads_stream);
+    if (schedule != NULL) node_show_schedule(schedule, stdout);
 }
 
 static int run(const void *options) {
@@ -188,12 +226,20 @@ static int run(const void *options) {
     check_disk(&r, folder);
     node_rates rates;
     bool cached;
-    if (rates_of(o, folder, &facts, &kern, &rates, &cached, &err) != FL_OK)
+    char model[PATH_MAX];
+    snprintf(model, sizeof(model), "%s", o->model);
+    if (model[0] == '\0') snprintf(model, sizeof(model), "%s/model.gguf", folder);
+    const bool has_model = o->model[0] != '\0' || fl_file_exists(model);
+    static node_schedule schedule;
+    const node_schedule *shown = has_model ? &schedule : NULL;
+    if (rates_of(o, folder, has_model ? model : "", &facts, &kern, &rates, &cached, &err) !=
+            FL_OK ||
+        (has_model && schedule_of(o, folder, model, &schedule, &err) != FL_OK))
         return fl_cli_fail(&err);
     if (o->json) {
-        if (print_json(&r, &facts, &kern, &rates, &err) != FL_OK) return fl_cli_fail(&err);
+        if (print_json(&r, &facts, &kern, &rates, shown, &err) != FL_OK) return fl_cli_fail(&err);
     } else {
-        print_text(&r, &kern, &rates, cached);
+        print_text(&r, &kern, &rates, shown, cached);
     }
     for (size_t i = 0; i < r.count; i++) {
         if (!r.list[i].fine) return FL_EXIT_FAILED;
@@ -204,7 +250,7 @@ static int run(const void *options) {
 const fl_command node_cmd_doctor = {
     .name = "doctor",
     .summary = "examines this machine and says what stands in the way",
-    .example = "fleetune-node doctor",
+    .example = "fleetune-node doctor --model smollm2-4bit.gguf",
     .table = table,
     .count = FL_COUNT(table),
     .options_size = sizeof(doctor_opts),

@@ -107,7 +107,8 @@ static fl_status run_agent(const run_settings *set, node_state *state, fl_err *e
                                           .threads = set->threads,
                                           .prefix_bytes = set->prefix_cache,
                                           .prefix_folder = set->prefix_folder,
-                                          .prefix_disk = set->prefix_disk};
+                                          .prefix_disk = set->prefix_disk,
+                                          .pause_c = set->pause_c};
     node_worker *worker = NULL;
     FL_TRY(node_worker_open(&worker_opts, state, &worker, err));
     const node_loop_opts opts = {

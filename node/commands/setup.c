@@ -41,6 +41,15 @@ out:
     return FL_OK;
 }
 
+fl_status node_setup_threads(node_setup *s, uint32_t threads, fl_err *err) {
+    if (threads == fl_pool_threads(s->pool)) return FL_OK;
+    fl_pool *pool = NULL;
+    FL_TRY(fl_pool_open(threads, &pool, err));
+    fl_pool_close(s->pool);
+    s->pool = s->engine.pool = pool;
+    return FL_OK;
+}
+
 void node_setup_close(node_setup *s) {
     node_adapter_close(s->adapter);
     node_tokenizer_close(s->tokenizer);

@@ -30,6 +30,8 @@ typedef struct node_setup_opts {
 } node_setup_opts;
 
 fl_status node_setup_open(const node_setup_opts *opts, node_setup *ret, fl_err *err) FL_NODISCARD;
+// Another number of threads from now on. A tuner that is bound to the engine goes on with it.
+fl_status node_setup_threads(node_setup *setup, uint32_t threads, fl_err *err) FL_NODISCARD;
 void node_setup_close(node_setup *session); // a zeroed session is fine
 
 // A whole text file: not empty, UTF-8; the error says at which byte it is not. free() the result.

@@ -7,13 +7,17 @@
 #include "common/file.h"
 #include "common/json.h"
 #include "common/progress.h"
+#include "node/commands/choose.h"
 #include "node/commands/commands.h"
 #include "node/commands/setup.h"
+#include "node/commands/state_dir.h"
 #include "node/prefix_disk.h"
+#include "node/schedule/policy.h"
 
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 typedef struct tune_opts {
     char model[FL_SETTING_TEXT_MAX], data[FL_SETTING_TEXT_MAX], out[FL_SETTING_TEXT_MAX];
@@ -66,8 +70,15 @@ typedef struct tune_run {
     node_adapter *adapter; // session.adapter, or one of our own
     bool own_adapter;
     node_corpus *corpus;
+    char folder[FL_SETTING_TEXT_MAX]; // of what was measured
+    node_job job;
+    node_schedule schedule;
     node_tune_plan plan;
     node_prefix_home prefix;
+    bool spare;       // the device is warm: half the threads
+    uint32_t threads; // that were free at the last look
+    uint32_t seen;    // the same at the one before: a change counts when it stays
+    node_watch watch; // since the last look
 } tune_run;
 
 static void close_run(tune_run *r) {
@@ -92,7 +103,7 @@ static fl_status open_adapter(tune_run *r, const tune_opts *o, fl_err *err) {
     return node_adapter_open(model, &adapter, &r->adapter, err);
 }
 
-static fl_status make_plan(tune_run *r, const tune_opts *o, fl_err *err) {
+static void make_job(tune_run *r, const tune_opts *o, uint64_t steps) {
     static const node_window_kind kinds[] = {NODE_WINDOW_LAST,   NODE_WINDOW_ORDERED,
                                              NODE_WINDOW_CYCLIC, NODE_WINDOW_RANDOM,
                                              NODE_WINDOW_HEAVY,  NODE_WINDOW_IMPORTANCE};
@@ -106,18 +117,25 @@ static fl_status make_plan(tune_run *r, const tune_opts *o, fl_err *err) {
     t.sequence = (uint32_t)o->sequence;
     t.micro = (uint32_t)o->micro;
     t.lr = t.gain_lr = (float)o->lr;
-    t.threads = fl_pool_threads(r->session.pool);
+    t.threads = (uint32_t)o->threads;
     t.memory_bytes = node_facts_memory_budget(&r->session.facts, o->memory);
     t.resident_bytes = node_setup_bytes(&r->session);
     t.stream = true;
-    FL_TRY(node_tune_make_plan(r->session.model, r->adapter->opts.rank, &r->corpus->train, &t,
-                               &r->plan, err));
-    const uint64_t opened = node_rss_peak(); // reading the vocabulary and the text took so much
-    if (r->plan.peak_bytes < opened) r->plan.peak_bytes = opened;
-    return FL_OK;
+    if (node_state_dir("", r->folder, sizeof(r->folder), NULL) != FL_OK) r->folder[0] = '\0';
+    r->job = (node_job){.kern = &r->session.kern,
+                        .facts = &r->session.facts,
+                        .model = r->session.model,
+                        .adapter = r->adapter,
+                        .docs = &r->corpus->train,
+                        .opts = t,
+                        .threads_max = node_facts_threads(&r->session.facts),
+                        .steps = steps,
+                        .folder = r->folder,
+                        .path = o->model};
 }
 
-static fl_status open_run(tune_run *r, const tune_opts *o, fl_err *err) {
+// steps 0: nothing is measured.
+static fl_status open_run(tune_run *r, const tune_opts *o, uint64_t steps, fl_err *err) {
     const node_setup_opts session = {
         .model = o->model, .adapter = o->adapter, .threads = o->threads};
     FL_TRY(node_setup_open(&session, &r->session, err));
@@ -126,7 +144,14 @@ static fl_status open_run(tune_run *r, const tune_opts *o, fl_err *err) {
     FL_TRY(node_corpus_open(o->data, r->session.tokenizer, &corpus, &r->corpus, err));
     node_tokenizer_close(r->session.tokenizer); // megabytes that tuning has better use for
     r->session.tokenizer = NULL;
-    return make_plan(r, o, err);
+    make_job(r, o, steps);
+    FL_TRY(node_schedule_make(&r->job, &r->schedule, err));
+    r->plan = r->schedule.plan;
+    const uint64_t opened = node_rss_peak(); // reading the text, or measuring, took so much
+    if (r->plan.peak_bytes < opened) r->plan.peak_bytes = opened;
+    r->threads = r->seen = node_facts_threads(&r->session.facts);
+    r->watch = node_watch_begin();
+    return node_setup_threads(&r->session, r->plan.opts.threads, err);
 }
 
 static void add_plan(fl_json *root, const node_tune_plan *p) {
@@ -159,16 +184,23 @@ static void print_gave_up(const node_tune_plan *p) {
                i + 1 == p->gave_up_count ? "\n" : "");
 }
 
+static double predicted_rate(const node_schedule *s) {
+    return (double)s->choice.micro_batch * s->choice.sequence / s->choice.seconds;
+}
+
 static int run_plan(const void *options) {
     const tune_opts *o = options;
     tune_run r = {0};
     fl_err err;
-    fl_status st = open_run(&r, o, &err);
+    fl_status st = open_run(&r, o, 0, &err);
     const node_tune_plan *p = &r.plan;
     if (st == FL_OK && o->json) {
         fl_json *root = fl_json_object();
         add_plan(root, p);
         add_gave_up(root, p);
+        fl_json_set_integer(root, "candidates", r.schedule.seen);
+        if (r.schedule.measured)
+            fl_json_set_number(root, "predicted_tokens_per_second", predicted_rate(&r.schedule));
         st = fl_json_print(root, stdout, &err);
         fl_json_free(root);
     } else if (st == FL_OK) {
@@ -184,6 +216,10 @@ static int run_plan(const void *options) {
         print_gave_up(p);
         printf("%u micro-batches an epoch; states kept of %u in memory and %u on disk\n",
                p->batches, p->prefix.places, p->prefix.store_places);
+        if (r.schedule.measured)
+            printf("predicted: %.0f tokens/s (%s)\n", predicted_rate(&r.schedule),
+                   r.schedule.cost.calibrated ? "this model was measured here"
+                                              : "from the machine's rates alone");
     }
     close_run(&r);
     return st == FL_OK ? FL_EXIT_OK : fl_cli_fail(&err);
@@ -229,19 +265,109 @@ static fl_status print_step(const tune_run *r, const node_tune_report *s, double
     return st;
 }
 
-// One report is a second's worth of steps in JSON, a line's redraw on a terminal. *block, the
+// ---- a machine that changes
+
+// The run as it stands: what a new plan moves.
+typedef struct bound {
+    node_tuner *tuner;
+    void *block;
+} bound;
+
+static fl_status bind(tune_run *r, const node_tune_plan *plan, bound *ret, fl_err *err) {
+    FL_TRY(node_setup_place_weights(&r->session, &plan->resident, err));
+    FL_TRY(node_block_take(plan->arena_bytes, &ret->block, err));
+    fl_arena arena;
+    fl_arena_init(&arena, ret->block, plan->arena_bytes);
+    node_tuner_bind(ret->tuner, &r->session.engine, r->session.model, r->adapter, &r->corpus->train,
+                    &plan->opts, &arena);
+    if (r->prefix.block != NULL) node_tuner_use_prefix(ret->tuner, &r->prefix.prefix);
+    return FL_OK;
+}
+
+// Goes on with another plan of the same window, sequence and micro-batches. The weights' pages make
+// room for the state, the old block for the new one.
+static fl_status move(tune_run *r, const node_tune_plan *plan, bound *b, fl_err *err) {
+    node_resident_close(r->session.model);
+    node_resident_drop(r->session.model);
+    void *state = malloc(node_tuner_state_size(b->tuner));
+    if (state == NULL) return FL_FAIL(err, FL_ENOMEM, "no memory to go on with another plan");
+    node_tuner_state_get(b->tuner, state);
+    free(b->block);
+    b->block = NULL;
+    fl_status st = node_setup_threads(&r->session, plan->opts.threads, err);
+    if (st == FL_OK) st = bind(r, plan, b, err);
+    if (st == FL_OK) {
+        node_tuner_state_set(b->tuner, state);
+        const uint64_t peak = r->plan.peak_bytes; // what was reached so far stays the highest
+        r->plan = *plan;
+        if (r->plan.peak_bytes < peak) r->plan.peak_bytes = peak;
+    }
+    free(state);
+    return st;
+}
+
+// Looks at the machine; when its cores, the load that others put on them, its memory limit or its
+// heat have changed, threads, kept layers and, if it must be, the chunk are chosen anew. What is
+// learned stays what it was. A limit that nothing fits leaves the run as it is.
+static fl_status replan(tune_run *r, const tune_opts *o, bound *b, fl_err *err) {
+    const double pause_c = 75; // as the agent's default: node.ini is not this command's
+    node_facts now;
+    node_facts_read("", &now);
+    const bool spare = node_policy_spare(now.temperature_c, pause_c, r->spare);
+    const uint32_t online = (uint32_t)sysconf(_SC_NPROCESSORS_ONLN);
+    const uint32_t free_now =
+        node_policy_threads(node_facts_threads(&now), online, node_watch_others(&r->watch));
+    const bool load = free_now == r->seen && free_now != r->threads;
+    r->watch = node_watch_begin();
+    r->seen = free_now;
+    const bool cores = node_facts_differ(&r->session.facts, &now);
+    if (!cores && !load && spare == r->spare) return FL_OK;
+    if (cores || load) r->threads = free_now;
+    r->session.facts = now;
+    r->spare = spare;
+    node_schedule s;
+    node_job job = r->job;
+    job.threads_max = spare && r->threads > 1 ? r->threads / 2 : r->threads;
+    if (now.memory_limit != 0 && now.memory_limit < job.opts.memory_bytes)
+        job.opts.memory_bytes = now.memory_limit;
+    job.steps = 0; // by what is known
+    job.opts.window.size = r->plan.opts.window.size;
+    job.opts.sequence = r->plan.opts.sequence;
+    job.opts.micro = r->plan.opts.micro;
+    job.opts.chunk = r->plan.opts.chunk;
+    // The prefix cache stays as it is.
+    job.opts.prefix_bytes = job.opts.prefix_disk = 0;
+    job.opts.resident_bytes += r->plan.prefix_bytes;
+    fl_status st = node_schedule_make(&job, &s, err);
+    job.opts.chunk = 0;
+    if (st == FL_ENOMEM) st = node_schedule_make(&job, &s, err);
+    if (st == FL_ENOMEM) return FL_OK;
+    FL_TRY(st);
+    if (s.plan.window != r->plan.window) return FL_OK;
+    if (s.plan.opts.threads == r->plan.opts.threads && s.plan.opts.kept == r->plan.opts.kept &&
+        s.plan.opts.chunk == r->plan.opts.chunk && s.plan.resident.bytes == r->plan.resident.bytes)
+        return FL_OK;
+    s.plan.prefix = r->plan.prefix;
+    s.plan.prefix_bytes = r->plan.prefix_bytes;
+    if (!o->json)
+        fprintf(stderr, "\nthe machine has changed: %u threads, %u layers kept from now on\n",
+                s.plan.opts.threads, s.plan.opts.kept);
+    return move(r, &s.plan, b, err);
+}
+
+// One report is a second's worth of steps in JSON, a line's redraw on a terminal. b->block, the
 // tuner's, is freed when the steps are done: what follows has a plan of its own in its place.
-static fl_status run_steps(tune_run *r, const tune_opts *o, node_tuner *tuner, void **block,
-                           fl_err *err) {
+static fl_status run_steps(tune_run *r, const tune_opts *o, bound *b, fl_err *err) {
+    const double look_s = 5;
     fl_progress bar;
     fl_progress_init(&bar, "tuning", o->json);
     const double start = fl_clock_s();
-    double reported = start, loss = 0;
+    double reported = start, looked = start, loss = 0;
     node_tune_report s = {0};
     uint64_t tokens = 0;
     fl_status st = FL_OK;
     for (int64_t i = 0; i < o->steps && !stop && st == FL_OK; i++) {
-        node_tuner_step(tuner, &s);
+        node_tuner_step(b->tuner, &s);
         tokens += s.tokens;
         const double now = fl_clock_s(), rate = (double)tokens / (now - start);
         loss = i == 0 ? s.loss : 0.9 * loss + 0.1 * s.loss;
@@ -253,11 +379,15 @@ static fl_status run_steps(tune_run *r, const tune_opts *o, node_tuner *tuner, v
             reported = now;
             st = print_step(r, &s, rate, false, err);
         }
+        if (st == FL_OK && !last && now - looked >= look_s) {
+            looked = now;
+            st = replan(r, o, b, err);
+        }
     }
     fl_progress_done(&bar);
     const double seconds = fl_clock_s() - start;
-    free(*block);
-    *block = NULL;
+    free(b->block);
+    b->block = NULL;
     if (st != FL_OK) return st;
     // An exit that was never trained has nothing to say: then the vote stays with the last one.
     if (r->plan.opts.window.kind != NODE_WINDOW_LAST && r->corpus->held.count > 0) {
@@ -291,26 +421,17 @@ static int run_tune(const void *options) {
     sigaction(SIGINT, &action, NULL);
     signal(SIGXFSZ, SIG_IGN); // a file size limit is a full disk: the write fails
     tune_run r = {0};
-    node_tuner *tuner = malloc(sizeof(*tuner));
-    void *block = NULL;
+    bound b = {.tuner = malloc(sizeof(*b.tuner))};
     fl_err err;
-    fl_status st = tuner == NULL ? FL_FAIL(&err, FL_ENOMEM, "no memory to tune") : FL_OK;
-    if (st == FL_OK) st = open_run(&r, o, &err);
-    if (st == FL_OK) st = node_setup_place_weights(&r.session, &r.plan.resident, &err);
-    if (st == FL_OK) st = node_block_take(r.plan.arena_bytes, &block, &err);
+    fl_status st = b.tuner == NULL ? FL_FAIL(&err, FL_ENOMEM, "no memory to tune") : FL_OK;
+    if (st == FL_OK) st = open_run(&r, o, (uint64_t)o->steps, &err);
     if (st == FL_OK && !o->json) print_gave_up(&r.plan);
     if (st == FL_OK && r.plan.prefix_bytes > 0)
         st = node_prefix_home_open(&r.plan.prefix, o->prefix_folder, &r.prefix, &err);
-    if (st == FL_OK) {
-        fl_arena arena;
-        fl_arena_init(&arena, block, r.plan.arena_bytes);
-        node_tuner_bind(tuner, &r.session.engine, r.session.model, r.adapter, &r.corpus->train,
-                        &r.plan.opts, &arena);
-        if (r.plan.prefix_bytes > 0) node_tuner_use_prefix(tuner, &r.prefix.prefix);
-        st = run_steps(&r, o, tuner, &block, &err);
-    }
-    free(block);
-    free(tuner);
+    if (st == FL_OK) st = bind(&r, &r.plan, &b, &err);
+    if (st == FL_OK) st = run_steps(&r, o, &b, &err);
+    free(b.block);
+    free(b.tuner);
     close_run(&r);
     return st == FL_OK ? FL_EXIT_OK : fl_cli_fail(&err);
 }

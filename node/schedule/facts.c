@@ -5,6 +5,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
+#include <unistd.h>
 
 enum { PATH_SIZE = 512, CPUS_MAX = 1024 };
 
@@ -138,6 +140,23 @@ static void read_cores(const char *root, node_facts *f) {
     }
 }
 
+double node_busy_s(const char *root) {
+    char line[256];
+    double user, nice, system, idle, wait, irq, soft, steal;
+    if (!read_line(root, "/proc/stat", line, sizeof(line)) ||
+        sscanf(line, "cpu %lf %lf %lf %lf %lf %lf %lf %lf", &user, &nice, &system, &idle, &wait,
+               &irq, &soft, &steal) != 8)
+        return 0;
+    return (user + nice + system + irq + soft + steal) / (double)sysconf(_SC_CLK_TCK);
+}
+
+double node_busy_own_s(void) {
+    struct rusage u;
+    if (getrusage(RUSAGE_SELF, &u) != 0) return 0;
+    return (double)(u.ru_utime.tv_sec + u.ru_stime.tv_sec) +
+           (double)(u.ru_utime.tv_usec + u.ru_stime.tv_usec) * 1e-6;
+}
+
 double node_facts_temperature(const char *root) {
     char path[64];
     double hottest = NAN;
@@ -187,6 +206,12 @@ uint64_t node_facts_memory_budget(const node_facts *f, uint64_t owner_limit) {
     if (f->memory_limit != 0 && f->memory_limit < budget) budget = f->memory_limit;
     if (owner_limit != 0 && owner_limit < budget) budget = owner_limit;
     return budget;
+}
+
+bool node_facts_differ(const node_facts *was, const node_facts *now) {
+    return was->cores != now->cores || was->quota_cores != now->quota_cores ||
+           was->memory_limit != now->memory_limit ||
+           memcmp(was->kind_cores, now->kind_cores, sizeof(was->kind_cores)) != 0;
 }
 
 uint32_t node_facts_threads(const node_facts *f) {

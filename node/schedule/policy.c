@@ -21,6 +21,16 @@ node_may node_policy_ask(const node_rules *r, const node_observed *now, node_may
     return NODE_MAY_TRAIN;
 }
 
+bool node_policy_spare(double temperature_c, double pause_c, bool before) {
+    return temperature_c >= pause_c - (before ? 10 : 5); // false for NAN
+}
+
+uint32_t node_policy_threads(uint32_t threads, uint32_t online, double others) {
+    const double left = (double)online - others + 0.5;
+    const uint32_t most = left < 1 || !(others >= 0) ? 1 : (uint32_t)left;
+    return threads < most ? threads : most;
+}
+
 const char *node_may_text(node_may may) {
     static const char *const texts[] = {
         [NODE_MAY_TRAIN] = "training is allowed",

@@ -36,6 +36,13 @@ typedef enum node_may {
 // `before` is the previous answer: paused by heat, we wait for resume_c; paused by load, for half
 // of busy_max.
 node_may node_policy_ask(const node_rules *rules, const node_observed *now, node_may before);
+// Warm, though not yet hot: train with half the threads, so that it need not pause. From 5 degrees
+// below pause_c until 10 below it; NAN is cool.
+bool node_policy_spare(double temperature_c, double pause_c, bool before);
+// Threads that are worth having beside other programs: of `threads`, as many as there are
+// processors left of `online` when others take `others` of them on average; at least 1. A thread
+// that has to share its processor holds up all the others.
+uint32_t node_policy_threads(uint32_t threads, uint32_t online, double others);
 const char *node_may_text(node_may may); // "the device is too hot"
 
 #endif

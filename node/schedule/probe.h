@@ -36,6 +36,12 @@ void node_facts_read(const char *root, node_facts *ret);
 uint64_t node_facts_memory_budget(const node_facts *facts, uint64_t owner_limit);
 // Threads worth having: cores of the fastest kind, not above the quota.
 uint32_t node_facts_threads(const node_facts *facts);
+// Has something changed that a plan was made for: cores, their quota, the limit of memory?
+bool node_facts_differ(const node_facts *was, const node_facts *now);
+// Processor seconds that all processes together have taken since the start, and those of this one:
+// how a measurement learns that others took part of the machine. 0 when the system does not say.
+double node_busy_s(const char *root);
+double node_busy_own_s(void);
 // Temperature now, in degrees Celsius; NAN when the machine does not say.
 double node_facts_temperature(const char *root);
 uint32_t node_facts_throttle_bits(const char *root);
@@ -43,18 +49,29 @@ uint32_t node_facts_throttle_bits(const char *root);
 // Measured with 1 .. threads threads. Rates are of the whole machine, not of a thread.
 typedef struct node_rates {
     uint32_t threads;
-    double packed_ops[NODE_THREADS_MAX + 1]; // 4-bit integer product, operations/s (2 a MAC)
-    double float_ops[NODE_THREADS_MAX + 1];  // dX through packed weights, operations/s
-    double read_bytes[NODE_THREADS_MAX + 1]; // memory read, bytes/s
-    uint32_t threads_compute;                // the number that does best at products
-    uint32_t threads_stream;                 // the least number within 5 % of the best read rate
+    double packed_ops[NODE_THREADS_MAX + 1];    // 4-bit integer product, operations/s (2 a MAC)
+    double float_ops[NODE_THREADS_MAX + 1];     // dX through packed weights, operations/s
+    double attention_ops[NODE_THREADS_MAX + 1]; // its forward pass at 256 tokens, operations/s
+    double stream_bytes[NODE_THREADS_MAX + 1];  // packed weights against one token, bytes/s
+    double read_bytes[NODE_THREADS_MAX + 1];    // memory read, bytes/s
+    double storage_bytes;     // cold sequential read of the model's storage, bytes/s; 0: unknown
+    uint32_t threads_compute; // the number that does best at products
+    uint32_t threads_stream;  // the least number within 5 % of the best of stream_bytes
 } node_rates;
 
-// FL_ENOMEM when the buffers (24 MiB) cannot be had; FL_EIO when threads cannot be started.
-fl_status node_rates_measure(const fl_kern *kern, uint32_t threads_max, node_rates *ret,
-                             fl_err *err) FL_NODISCARD;
+// memory_max: bytes that measuring may take, 0: no opinion. The buffer for the memory rates is
+// 64 MiB, or half of that. FL_ENOMEM when it cannot be had; FL_EIO when threads cannot be started.
+// storage_bytes is left at 0.
+fl_status node_rates_measure(const fl_kern *kern, uint32_t threads_max, uint64_t memory_max,
+                             node_rates *ret, fl_err *err) FL_NODISCARD;
+// For a run too short to be worth a measurement: a slow machine whose threads add up.
+node_rates node_rates_assumed(uint32_t threads);
+// Reads at most 32 MiB of a file, at most half a second long, after asking the system to forget
+// what it has of it. A file that another process has in use may be read from memory all the same:
+// then the rate is that of such a read. FL_ENOENT, FL_EIO.
+fl_status node_rates_storage(const char *path, double *ret, fl_err *err) FL_NODISCARD;
 // The cache: one small text file. Reading gives FL_ENOENT when there is none or it is of another
-// machine, FL_EFORMAT when it was damaged; in both cases measure again.
+// machine, FL_EFORMAT when it was damaged or is of another version; in all cases measure again.
 fl_status node_rates_read(const char *path, const node_facts *facts, node_rates *ret,
                           fl_err *err) FL_NODISCARD;
 fl_status node_rates_write(const char *path, const node_facts *facts, const node_rates *rates,

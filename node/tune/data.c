@@ -75,6 +75,12 @@ uint32_t node_batches_next(node_batches *b) {
     return b->order[b->at++];
 }
 
+void node_batches_seek(node_batches *b, uint64_t epoch, uint32_t at) {
+    FL_ASSERT(at <= b->count);
+    begin_epoch(b, epoch);
+    b->at = at;
+}
+
 void node_micro_bind(node_micro *m, uint32_t tokens_max, fl_arena *arena) {
     *m = (node_micro){.tokens_max = tokens_max};
     m->id = FL_ARENA_NEW(arena, int32_t, tokens_max);

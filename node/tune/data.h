@@ -85,6 +85,8 @@ void node_batches_bind(node_batches *batches, const node_docs *docs, uint32_t se
                        uint64_t text_seed, uint64_t seed, fl_arena *arena);
 // The micro-batch whose turn it is; after the last of an epoch the next epoch begins.
 uint32_t node_batches_next(node_batches *batches);
+// Goes to turn `at` (at most count) of an epoch: where another's fields say that it stands.
+void node_batches_seek(node_batches *batches, uint64_t epoch, uint32_t at);
 // Arrays of one micro-batch, bound once.
 typedef struct node_micro {
     uint32_t tokens_max, tokens;

@@ -73,8 +73,8 @@ static void place_vote(const node_model *model, const node_lora *lora, uint64_t 
     }
 }
 
-static bool measure(const node_model *model, uint32_t rank, const node_docs *docs,
-                    const node_tune_opts *opts, node_tune_plan *ret) {
+void node_tune_measure(const node_model *model, uint32_t rank, const node_docs *docs,
+                       const node_tune_opts *opts, node_tune_plan *ret) {
     node_adapter adapter; // only its rank is looked at when counting
     node_tuner tuner;
     fl_arena arena;
@@ -89,7 +89,7 @@ static bool measure(const node_model *model, uint32_t rank, const node_docs *doc
                                     docs->begin[docs->count] * sizeof(int32_t);
     const uint64_t limit = opts->memory_bytes == 0 ? UINT64_MAX : opts->memory_bytes;
     const uint64_t rest = ret->resident_bytes + ret->arena_bytes;
-    (void)place_weights(model, opts, opts->stream && limit > rest ? limit - rest : 0, ret);
+    (void)place_weights(model, opts, !opts->stream ? 0 : limit > rest ? limit - rest : 1, ret);
     ret->weight_bytes = ret->resident.bytes;
     if (ret->weight_bytes == 0)
         ret->weight_bytes = ret->resident.least; // even the ring is too much
@@ -97,7 +97,6 @@ static bool measure(const node_model *model, uint32_t rank, const node_docs *doc
     place_vote(model, &adapter.lora, limit > without ? limit - without : 0, ret);
     ret->peak_bytes =
         without + (ret->vote_bytes > ret->arena_bytes ? ret->vote_bytes : ret->arena_bytes);
-    return ret->peak_bytes <= limit;
 }
 
 // A prefix cache in what the plan leaves of the limit, if states come again in this run at all.
@@ -119,93 +118,18 @@ static void add_prefix(const node_model *model, node_tune_plan *p) {
     p->peak_bytes += size;
 }
 
-// Candidates from the fastest to the smallest. Later ones take strictly less.
-typedef struct candidate {
-    uint32_t sequence, chunk;
-    uint32_t window_part; // window = default / part
-    bool keep;
-} candidate;
-
-static const candidate candidates[] = {
-    {NODE_TUNE_SEQUENCE, 2048, 1, true},
-    {NODE_TUNE_SEQUENCE, 1024, 1, false},
-    {64, 1024, 1, true},
-    {64, 512, 1, false},
-    {32, 512, 1, true},
-    {32, 256, 1, false},
-    {32, 256, 2, false},
-    {16, 256, 1, false},
-    {16, 128, 2, false},
-    {16, 64, 4, false},
-    {16, 64, 64, false},
-};
-
-static void apply(const node_model *model, const node_docs *docs, const node_tune_opts *asked,
-                  const candidate *c, node_tune_opts *opts) {
-    *opts = *asked;
-    if (opts->micro == 0) opts->micro = 1;
-    if (opts->sequence == 0) opts->sequence = c->sequence;
-    if (opts->chunk == 0) opts->chunk = c->chunk;
-    if (opts->window.size == 0 && c->window_part > 1) {
-        opts->window.size = node_window_layers(model, &asked->window) / c->window_part;
-        if (opts->window.size == 0) opts->window.size = 1;
-    }
-    const uint32_t layers = node_window_layers(model, &opts->window);
-    if (opts->kept == NODE_TUNE_KEEP_AUTO) opts->kept = c->keep ? layers : 0;
-    if (opts->kept > layers) opts->kept = layers;
-    opts->window.epoch_steps =
-        (node_batches_count(docs, opts->sequence) + opts->micro - 1) / opts->micro;
-}
-
-// Whole weights first: what is computed twice costs less than what is read again. Where they do
-// not fit in any way they pass through, and then nothing is kept that could be computed again.
-static bool search(const node_model *model, uint32_t rank, const node_docs *docs,
-                   const node_tune_opts *asked, node_tune_plan *ret) {
-    for (int stream = 0; stream <= (int)asked->stream; stream++) {
-        for (size_t i = 0; i < FL_COUNT(candidates); i++) {
-            node_tune_opts opts;
-            if (stream == 1 && candidates[i].keep) continue;
-            apply(model, docs, asked, &candidates[i], &opts);
-            opts.stream = stream == 1;
-            if (measure(model, rank, docs, &opts, ret)) return true;
-        }
-    }
-    return false;
-}
-
-static fl_status refuse(const node_model *model, uint32_t rank, const node_docs *docs,
-                        const node_tune_opts *asked, const node_tune_plan *smallest, fl_err *err) {
-    const double mb = 1e6;
-    node_tune_opts freed = *asked;
-    node_tune_plan other;
-    freed.window.size = freed.sequence = freed.chunk = 0;
-    freed.kept = NODE_TUNE_KEEP_AUTO;
-    if (search(model, rank, docs, &freed, &other))
-        return FL_FAIL(err, FL_ENOMEM,
-                       "that does not fit %.0f MB: it needs %.0f MB; a window of %u layers, "
-                       "1 x %u tokens and chunks of %u need %.0f MB",
-                       (double)asked->memory_bytes / mb, (double)smallest->peak_bytes / mb,
-                       other.window, other.opts.sequence, other.opts.chunk,
-                       (double)other.peak_bytes / mb);
-    return FL_FAIL(
-        err, FL_ENOMEM,
-        "nothing fits %.0f MB: the smallest plan (a window of %u layers, %u tokens) needs "
-        "%.0f MB, %.0f of them weights",
-        (double)asked->memory_bytes / mb, smallest->window, smallest->opts.sequence,
-        ceil((double)smallest->peak_bytes / mb), (double)smallest->weight_bytes / mb);
-}
-
-// What the limit cost against `best`, the plan without one.
-static void compare(const node_model *model, const node_tune_plan *best, node_tune_plan *plan) {
+void node_tune_compare(const node_model *model, const node_tune_plan *best, node_tune_plan *plan) {
     const node_tune_opts *b = &best->opts, *p = &plan->opts;
     const node_resident_plan *r = &plan->resident;
+    plan->gave_up_count = 0;
+    if (p->memory_bytes == 0 || best->peak_bytes <= p->memory_bytes) return;
 #define GAVE_UP(...)                                                                               \
     snprintf(plan->gave_up[plan->gave_up_count++], NODE_TUNE_GAVE_UP_SIZE, __VA_ARGS__)
     if (plan->window < best->window)
         GAVE_UP("a window of %u layers instead of %u", plan->window, best->window);
     if (p->sequence < b->sequence)
         GAVE_UP("sequences of %u tokens instead of %u", p->sequence, b->sequence);
-    if (p->kept < plan->window && b->kept == best->window)
+    if (p->kept < plan->window && p->kept < b->kept)
         GAVE_UP("%u layers of the window are computed twice", plan->window - p->kept);
     if (p->chunk < b->chunk)
         GAVE_UP("the vocabulary %u at a time instead of %u", p->chunk, b->chunk);
@@ -222,14 +146,24 @@ static void compare(const node_model *model, const node_tune_plan *best, node_tu
 fl_status node_tune_make_plan(const node_model *model, uint32_t rank, const node_docs *docs,
                               const node_tune_opts *asked, node_tune_plan *ret, fl_err *err) {
     FL_TRY(check(model, rank, docs, asked, err));
-    node_tune_plan plan, best;
-    node_tune_opts free = *asked;
-    free.memory_bytes = 0;
-    if (!search(model, rank, docs, asked, &plan))
-        return refuse(model, rank, docs, asked, &plan, err);
-    FL_ASSERT(search(model, rank, docs, &free, &best));
-    compare(model, &best, &plan);
-    plan.batches = node_batches_count(docs, plan.opts.sequence);
+    node_tune_opts opts = *asked;
+    const uint32_t layers = node_window_layers(model, &opts.window);
+    if (opts.micro == 0) opts.micro = 1;
+    if (opts.sequence == 0) opts.sequence = NODE_TUNE_SEQUENCE;
+    if (opts.chunk == 0) opts.chunk = NODE_TUNE_CHUNK;
+    if (opts.kept > layers) opts.kept = layers;
+    const uint32_t batches = node_batches_count(docs, opts.sequence);
+    opts.window.epoch_steps = (batches + opts.micro - 1) / opts.micro;
+    node_tune_plan plan;
+    node_tune_measure(model, rank, docs, &opts, &plan);
+    if (opts.memory_bytes != 0 && plan.peak_bytes > opts.memory_bytes)
+        return FL_FAIL(
+            err, FL_ENOMEM,
+            "that does not fit %.0f MB: a window of %u layers, %u x %u tokens and chunks "
+            "of %u need %.0f MB, %.0f of them weights",
+            (double)opts.memory_bytes / 1e6, plan.window, opts.micro, opts.sequence, opts.chunk,
+            ceil((double)plan.peak_bytes / 1e6), (double)plan.weight_bytes / 1e6);
+    plan.batches = batches;
     add_prefix(model, &plan);
     *ret = plan;
     return FL_OK;

@@ -3,6 +3,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "common/clock.h"
 #include "common/rng.h"
 #include "kernels/adamw.h"
 #include "kernels/vec.h"
@@ -99,6 +100,13 @@ static void run_below(node_tuner *t, const node_batch *batch, uint32_t layer, no
     node_layer_forward(t->engine, t->model, layer, lora, batch, acts, t->scratch, t->x);
 }
 
+// Adds the time since *at to a sum, and goes on from now.
+static void lap(double *at, double *sum) {
+    const double now = fl_clock_s();
+    *sum += now - *at;
+    *at = now;
+}
+
 static void begin_pass(const node_tuner *t, node_window w, uint32_t first) {
     const node_resident_pass pass = {
         .first = first, .last = w.last, .heads = 1, .low = w.first, .back = true};
@@ -133,22 +141,26 @@ static void enter_window(node_tuner *t, const node_batch *batch, node_window w, 
     if (t->prefix != NULL) node_prefix_put(t->prefix, index, key, t->entry);
 }
 
-static void forward(node_tuner *t, const node_batch *batch, node_window w, uint32_t index) {
+static void forward(node_tuner *t, const node_batch *batch, node_window w, uint32_t index,
+                    double *at, node_tune_report *ret) {
     const size_t size = (size_t)t->opts.sequence * t->model->hidden;
     enter_window(t, batch, w, index);
+    lap(at, &ret->below_s);
     for (uint32_t l = w.first; l <= w.last; l++) {
         memcpy(t->inputs + (l - w.first) * size, t->x,
                (size_t)batch->tokens * t->model->hidden * sizeof(float));
         run_layer(t, batch, l, acts_of(t, w, l));
     }
+    lap(at, &ret->window_s);
 }
 
-static double micro_step(node_tuner *t, node_window w, float weight, uint64_t draw) {
+static double micro_step(node_tuner *t, node_window w, float weight, uint64_t draw, double *at,
+                         node_tune_report *ret) {
     const uint32_t index = node_batches_next(&t->batches);
     const size_t row = t->model->hidden, size = t->opts.sequence * row;
     node_batches_fill(&t->batches, index, &t->micro);
     const node_batch batch = node_micro_batch(&t->micro);
-    forward(t, &batch, w, index);
+    forward(t, &batch, w, index, at, ret);
     const node_loss_job loss = {.model = t->model,
                                 .gain = t->adapter->lora.exit_gain[w.exit],
                                 .tokens = batch.tokens,
@@ -161,6 +173,7 @@ static double micro_step(node_tuner *t, node_window w, float weight, uint64_t dr
                                 .dx = t->dx,
                                 .dgain = t->grad + (size_t)t->window * t->span};
     const double nll = node_loss_step(t->engine, &t->head, &loss, t->scratch);
+    lap(at, &ret->head_s);
     for (uint32_t l = w.last + 1; l-- > w.first;) {
         float *input = t->inputs + (l - w.first) * size;
         node_acts *acts = acts_of(t, w, l);
@@ -179,6 +192,7 @@ static double micro_step(node_tuner *t, node_window w, float weight, uint64_t dr
                                     .last = l == w.first};
         node_layer_backward(t->engine, &job, &t->back, t->scratch);
     }
+    lap(at, &ret->back_s);
     return nll;
 }
 
@@ -234,25 +248,25 @@ static void update(node_tuner *t, node_window w) {
 
 void node_tuner_step(node_tuner *t, node_tune_report *ret) {
     const node_window w = node_window_at(t->model, &t->opts.window, t->step);
-    double nll = 0;
+    double nll = 0, at = fl_clock_s();
     uint64_t scored = 0, tokens = 0;
+    *ret = (node_tune_report){.window = w, .exit_layer = t->model->exit_layer[w.exit]};
     memset(t->grad, 0, ((size_t)t->window * t->span + t->model->hidden) * sizeof(float));
     if (t->prefix != NULL && w.first > 0)
         node_prefix_begin(t->prefix, node_prefix_base(t->model, t->adapter, w.first));
     // Micro-batches are full (the line of documents wraps around): a token's weight is known.
     const float weight = 1.0f / (float)((uint64_t)t->opts.micro * t->opts.sequence);
     for (uint32_t i = 0; i < t->opts.micro; i++) {
-        nll += micro_step(t, w, weight, fl_rng_key(t->opts.seed, t->step, i));
+        lap(&at, &ret->rest_s);
+        nll += micro_step(t, w, weight, fl_rng_key(t->opts.seed, t->step, i), &at, ret);
         scored += t->micro.scored;
         tokens += t->micro.tokens;
     }
     const double norm = sqrt(grad_square(t, w));
-    *ret = (node_tune_report){.window = w,
-                              .exit_layer = t->model->exit_layer[w.exit],
-                              .loss = scored == 0 ? 0 : nll / (double)scored,
-                              .tokens = tokens,
-                              .grad_norm = (float)norm,
-                              .skipped = !isfinite(norm) || !isfinite(nll)};
+    ret->loss = scored == 0 ? 0 : nll / (double)scored;
+    ret->tokens = tokens;
+    ret->grad_norm = (float)norm;
+    ret->skipped = !isfinite(norm) || !isfinite(nll);
     if (!ret->skipped) {
         if (t->opts.clip > 0 && norm > (double)t->opts.clip)
             clip(t, w, (float)((double)t->opts.clip / norm));
@@ -262,4 +276,53 @@ void node_tuner_step(node_tuner *t, node_tune_report *ret) {
     }
     t->tokens += tokens;
     ret->step = ++t->step;
+    lap(&at, &ret->rest_s);
+}
+
+typedef struct run_state {
+    uint64_t step, tokens, epoch;
+    uint32_t turn, slot_first;
+    float importance[NODE_EXITS_MAX];
+} run_state;
+
+// The three arrays that follow it.
+static size_t moments_size(const node_tuner *t) {
+    return ((size_t)t->slots * t->span + (size_t)t->model->exits * t->model->hidden) *
+           sizeof(float);
+}
+
+static size_t updates_size(const node_tuner *t) {
+    return (t->slots + t->model->exits) * sizeof(*t->updates);
+}
+
+size_t node_tuner_state_size(const node_tuner *t) {
+    return sizeof(run_state) + updates_size(t) + 2 * moments_size(t);
+}
+
+void node_tuner_state_get(const node_tuner *t, void *state) {
+    run_state s = {.step = t->step,
+                   .tokens = t->tokens,
+                   .epoch = t->batches.epoch,
+                   .turn = t->batches.at,
+                   .slot_first = t->slot_first};
+    uint8_t *p = state;
+    memcpy(s.importance, t->opts.window.importance, sizeof(s.importance));
+    memcpy(p, &s, sizeof(s));
+    memcpy(p += sizeof(s), t->updates, updates_size(t));
+    memcpy(p += updates_size(t), t->m, moments_size(t));
+    memcpy(p += moments_size(t), t->v, moments_size(t));
+}
+
+void node_tuner_state_set(node_tuner *t, const void *state) {
+    run_state s;
+    const uint8_t *p = state;
+    memcpy(&s, p, sizeof(s));
+    t->step = s.step;
+    t->tokens = s.tokens;
+    t->slot_first = s.slot_first;
+    memcpy(t->opts.window.importance, s.importance, sizeof(s.importance));
+    node_batches_seek(&t->batches, s.epoch, s.turn);
+    memcpy(t->updates, p += sizeof(s), updates_size(t));
+    memcpy(t->m, p += updates_size(t), moments_size(t));
+    memcpy(t->v, p += moments_size(t), moments_size(t));
 }

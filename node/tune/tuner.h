@@ -8,9 +8,9 @@
 //
 //   Memory   node_tune_plan knows the exact number of bytes that bind takes, from sizes alone, and
 //            adds what else will be resident: the mapped weights that steps touch and what the
-//            process holds already. A plan that does not fit `memory_bytes` is refused with the
-//            smallest that would. What the caller left at 0 the plan chooses: the fastest that
-//            fits.
+//            process holds already. A plan that does not fit `memory_bytes` is refused. What the
+//            caller left at 0 the plan sets to what is best where memory is no matter; who looks
+//            for what fits and is fastest is node/schedule, which asks node_tune_measure.
 //   Prefix   the state that enters a window is rounded as prefix.h says and may come from its
 //   cache:
 //            node_tuner_use_prefix. The plan sizes it: nothing for schedules under which no state
@@ -33,6 +33,7 @@
 
 enum {
     NODE_TUNE_SEQUENCE = 128, // many small steps learned more from a token than few large ones
+    NODE_TUNE_CHUNK = 2048,
     NODE_TUNE_SEQUENCE_MIN = 16,
     NODE_TUNE_SEQUENCE_MAX = 4096,
     NODE_TUNE_MICRO_MAX = 1024,
@@ -42,11 +43,11 @@ enum {
 #define NODE_TUNE_KEEP_AUTO UINT32_MAX
 
 typedef struct node_tune_opts {
-    node_window_opts window; // window.size 0: chosen
-    uint32_t sequence;       // tokens of a micro-batch; 0: chosen
+    node_window_opts window; // window.size 0: from exit to exit
+    uint32_t sequence;       // tokens of a micro-batch; 0: NODE_TUNE_SEQUENCE
     uint32_t micro;          // micro-batches a step; 0: 1
-    uint32_t chunk;          // vocabulary entries at a time; 0: chosen
-    uint32_t kept;           // layers whose activations are kept; NODE_TUNE_KEEP_AUTO: chosen
+    uint32_t chunk;          // vocabulary entries at a time; 0: NODE_TUNE_CHUNK
+    uint32_t kept;           // layers whose activations are kept; NODE_TUNE_KEEP_AUTO: all
     uint32_t threads;        // of the engine's pool
     float lr, gain_lr;       // of the B's and of the exit's gain
     float beta1, beta2, epsilon, decay;
@@ -89,12 +90,19 @@ typedef struct node_tune_plan {
 } node_tune_plan;
 
 // FL_EARG for options out of range (a window larger than the model, an exit that does not exist),
-// FL_ENOMEM when nothing fits the memory, with the smallest that would, or when the caller's fixed
-// choices do not fit, with choices that do. `docs` are what will be trained on; `rank` the
-// adapter's.
+// FL_ENOMEM when they do not fit the memory, with what they need. `docs` are what will be trained
+// on; `rank` the adapter's. The prefix cache takes of what the plan leaves.
 fl_status node_tune_make_plan(const node_model *model, uint32_t rank, const node_docs *docs,
                               const node_tune_opts *opts, node_tune_plan *ret,
                               fl_err *err) FL_NODISCARD;
+// The plan of options that node_tune_make_plan would accept, whatever the memory, without a prefix
+// cache: with opts->stream weights pass through memory when they do not fit the limit, and
+// peak_bytes says what is needed. Sizes alone: cheap enough to ask for hundreds of candidates.
+void node_tune_measure(const node_model *model, uint32_t rank, const node_docs *docs,
+                       const node_tune_opts *opts, node_tune_plan *ret);
+// Writes plan->gave_up: what its limit cost against `best`, the plan that was chosen without one.
+// Nothing when `best` fits: then they differ for other reasons.
+void node_tune_compare(const node_model *model, const node_tune_plan *best, node_tune_plan *plan);
 
 typedef struct node_tuner {
     const node_engine *engine;
@@ -140,10 +148,22 @@ typedef struct node_tune_report {
     uint64_t tokens; // of this step
     float grad_norm; // before clipping
     bool skipped;    // the gradient was not finite: nothing was changed
+    // Where the time went: layers below the window, layers of the window, head and loss, backward
+    // (with what is computed again), the rest.
+    double below_s, window_s, head_s, back_s, rest_s;
 } node_tune_report;
 
 // Allocates nothing. The adapter's values may be changed between steps (a federation's new round);
 // the moments stay, and what is cached of states above a changed value is dropped.
 void node_tuner_step(node_tuner *tuner, node_tune_report *ret);
+
+// What a run has besides its adapter: steps, place in the data, moments. A tuner that is bound with
+// another number of threads, chunk or number of kept layers goes on from it as if nothing had
+// happened, with the prefix cache when node_tuner_use_prefix gives it the same one again; window,
+// sequence, micro-batches, seeds and documents are the same. state: node_tuner_state_size bytes,
+// 8-byte aligned.
+size_t node_tuner_state_size(const node_tuner *tuner);
+void node_tuner_state_get(const node_tuner *tuner, void *state);
+void node_tuner_state_set(node_tuner *tuner, const void *state);
 
 #endif
