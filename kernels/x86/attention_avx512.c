@@ -318,7 +318,7 @@ static void square_rows(size_t size, const fl_attention_grad *g, const queries *
                         square *sq) {
     const __m512 scale = _mm512_set1_ps(1.0f / sqrtf((float)size));
     __m512 s[MANY][HALVES], dp[MANY][HALVES];
-    const float *of[MANY];
+    const float *of[MANY] = {0};
     rows_of(q, q->a->q, i, n, of);
     dots_any(n, size, of, rows->k, s);
     rows_of(q, g->dout, i, n, of);

@@ -225,7 +225,7 @@ static void block_alone(const pair *w, const gradients *g, uint32_t tokens, uint
         __m512 sum[STRIPS];
 #pragma GCC unroll 4
         for (uint32_t k = 0; k < STRIPS; k++) {
-            const __mmask16 old = accumulate ? (__mmask16)(wanted >> STRIP * k) : 0;
+            const __mmask16 old = (__mmask16)(accumulate ? wanted >> STRIP * k : 0);
             sum[k] = _mm512_maskz_loadu_ps(old, dx + STRIP * k);
         }
         for (uint32_t i = 0; i < g->counts[t]; i++) {
