@@ -258,7 +258,7 @@ static fl_status measure(node_worker *w, const node_adapter *a, fl_report *r, fl
     return FL_OK;
 }
 
-static node_tune_opts tune_opts(const node_worker *w) {
+static node_tune_opts tune_opts(node_worker *w) {
     const fl_task *t = &w->task;
     node_tune_opts o = node_tune_defaults();
     o.window.kind = NODE_WINDOW_FIXED;

@@ -81,7 +81,7 @@ static void test_rates_cache(void) {
     node_rates r, back;
     fl_err err;
     T_EQ(node_rates_read(path, &f, &back, &err), FL_ENOENT);
-    T_OK(node_rates_measure(&kern, 2, 16u << 20, &r, &err), err);
+    T_OK(node_rates_measure(&kern, 2, 256u << 20, &r, &err), err);
     for (uint32_t n = 1; n <= 2; n++)
         T_CHECK(r.packed_ops[n] > 1e6 && r.float_ops[n] > 1e6 && r.attention_ops[n] > 1e6 &&
                     r.stream_bytes[n] > 1e6 && r.read_bytes[n] > r.stream_bytes[n] / 4,

@@ -90,18 +90,45 @@ uint64_t node_rss_peak(void) {
     return getrusage(RUSAGE_SELF, &u) == 0 ? (uint64_t)u.ru_maxrss << 10 : 0;
 }
 
-uint64_t node_setup_bytes(const node_setup *s) {
-    enum { CODE = 1 << 20 }; // code and tables of the program that were not touched yet
+// Closes the plan of the weights; what it read is added up.
+static void close_weights(node_setup *s) {
+    node_resident_stats now;
+    node_resident_read_stats(s->model, &now);
+    s->streamed.streamed_bytes += now.streamed_bytes;
+    s->streamed.read_seconds += now.read_seconds;
+    s->streamed.wait_seconds += now.wait_seconds;
     node_resident_close(s->model);
-    node_resident_drop(s->model);
+}
+
+static node_resident_stats streamed(const node_setup *s) {
+    node_resident_stats now;
+    node_resident_read_stats(s->model, &now);
+    now.streamed_bytes += s->streamed.streamed_bytes;
+    now.read_seconds += s->streamed.read_seconds;
+    now.wait_seconds += s->streamed.wait_seconds;
+    return now;
+}
+
+void node_setup_trim(void) {
 #ifdef __GLIBC__
     malloc_trim(0);
 #endif
+}
+
+void node_setup_let_go(node_setup *s) {
+    close_weights(s);
+    node_resident_drop(s->model);
+    node_setup_trim();
+}
+
+uint64_t node_setup_bytes(node_setup *s) {
+    enum { CODE = 1 << 20 }; // code and tables of the program that were not touched yet
+    node_setup_let_go(s);
     return node_rss_now() + CODE;
 }
 
 fl_status node_setup_place_weights(node_setup *s, const node_resident_plan *plan, fl_err *err) {
-    node_resident_close(s->model);
+    close_weights(s);
     const uint64_t cache = node_facts_memory_budget(&s->facts, 0);
     return node_resident_open(s->model, plan, plan->ring != 0 && cache < s->model->bytes, err);
 }
@@ -120,16 +147,14 @@ fl_status node_setup_fit(node_setup *s, const node_resident_use *use, uint64_t m
 }
 
 void node_setup_add_streamed(const node_setup *setup, fl_json *root) {
-    node_resident_stats s;
-    node_resident_read_stats(setup->model, &s);
+    const node_resident_stats s = streamed(setup);
     fl_json_set_integer(root, "streamed_bytes", (int64_t)s.streamed_bytes);
     fl_json_set_number(root, "read_seconds", s.read_seconds);
     fl_json_set_number(root, "wait_seconds", s.wait_seconds);
 }
 
 void node_setup_print_streamed(const node_setup *setup, double seconds, FILE *out) {
-    node_resident_stats s;
-    node_resident_read_stats(setup->model, &s);
+    const node_resident_stats s = streamed(setup);
     if (s.streamed_bytes == 0) return;
     fprintf(out, "weights read: %.1f MB at %.0f MB/s; %.0f %% of the time was waiting for them\n",
             (double)s.streamed_bytes / 1e6, (double)s.streamed_bytes / 1e6 / s.read_seconds,

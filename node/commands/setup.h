@@ -19,6 +19,7 @@ typedef struct node_setup {
     fl_pool *pool;
     node_engine engine;
     node_facts facts;
+    node_resident_stats streamed; // by plans for the weights that are closed
 } node_setup;
 
 typedef struct node_setup_opts {
@@ -45,7 +46,9 @@ uint64_t node_rss_peak(void);
 // Bytes that the process holds besides the weights and what it will take from now on. Lets go of
 // the model's pages (and of a plan for them) and of freed memory, so that it can be measured rather
 // than guessed.
-uint64_t node_setup_bytes(const node_setup *setup);
+uint64_t node_setup_bytes(node_setup *setup);
+void node_setup_let_go(node_setup *setup); // only that
+void node_setup_trim(void);                // freed memory alone
 // Opens a plan for the weights of setup->model. They leave the system's cache too when the machine
 // or the control group could not hold them there.
 fl_status node_setup_place_weights(node_setup *setup, const node_resident_plan *plan,

@@ -287,13 +287,13 @@ static fl_status bind(tune_run *r, const node_tune_plan *plan, bound *ret, fl_er
 // Goes on with another plan of the same window, sequence and micro-batches. The weights' pages make
 // room for the state, the old block for the new one.
 static fl_status move(tune_run *r, const node_tune_plan *plan, bound *b, fl_err *err) {
-    node_resident_close(r->session.model);
-    node_resident_drop(r->session.model);
+    node_setup_let_go(&r->session);
     void *state = malloc(node_tuner_state_size(b->tuner));
     if (state == NULL) return FL_FAIL(err, FL_ENOMEM, "no memory to go on with another plan");
     node_tuner_state_get(b->tuner, state);
     free(b->block);
     b->block = NULL;
+    node_setup_trim();
     fl_status st = node_setup_threads(&r->session, plan->opts.threads, err);
     if (st == FL_OK) st = bind(r, plan, b, err);
     if (st == FL_OK) {
@@ -303,6 +303,7 @@ static fl_status move(tune_run *r, const node_tune_plan *plan, bound *b, fl_err 
         if (r->plan.peak_bytes < peak) r->plan.peak_bytes = peak;
     }
     free(state);
+    node_setup_trim();
     return st;
 }
 
