@@ -16,7 +16,8 @@ typedef struct node_factor {
     unsigned threads;
     float *xt;     // [n_max][tokens_max]
     float *rows;   // [threads][NODE_FACTOR_BLOCK][n_max]
-    double *panel; // [NODE_FACTOR_BLOCK][n_max]
+    float *panel;  // [NODE_FACTOR_BLOCK][n] a block column, transposed
+    float *solved; // [n_max][NODE_FACTOR_BLOCK] the same as it is
     double *h;     // [n][n]: the Gram matrix, then its factor; only the lower triangle counts
     uint32_t n;    // of what `h` holds
 } node_factor;
