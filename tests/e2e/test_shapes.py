@@ -13,6 +13,7 @@ import fleet
 from test_memory import LONG, check_limit, check_peak, tune
 
 LAYERS = 2
+TUNING = ["--sequence", 32] + ([] if LONG else ["--exits", LAYERS])
 
 
 def check_compress(f, plain, model):
@@ -35,8 +36,8 @@ def check_shape(f, shape, kind, hidden, vocabulary):
         fleet.check(seen["bytes"] == path.stat().st_size, "inspect: bytes")
         fleet.check((seen["hidden"], seen["vocabulary"]) == (hidden, vocabulary), f"{seen}")
     plain.unlink()
-    planned = f.node_json("plan", model, "--data", f.dir / "text.txt", "--sequence", 32)
-    done = tune(f, model, "--sequence", 32)
+    planned = f.node_json("plan", model, "--data", f.dir / "text.txt", *TUNING)
+    done = tune(f, model, *TUNING)
     check_peak(f"{shape} tune", done)
     fleet.check(math.isfinite(done["loss"]), f"tune: loss {done['loss']}")
     off = planned["planned_peak_bytes"] / done["planned_peak_bytes"] - 1
@@ -58,7 +59,7 @@ def check_limited(f, model, planned, args, whole, written, words):
     check_limit(f"eval {said}", less, limit)
     fleet.check(less["streamed_bytes"] > 0 and less["nll"] == whole["nll"], "eval: streamed")
     fleet.check(f.ok(f.node_bin, *written, "--memory", limit).out == words, "generate: streamed")
-    done = tune(f, model, "--sequence", 32, "--memory", limit)
+    done = tune(f, model, *TUNING, "--memory", limit)
     check_limit(f"tune {said}", done, limit)
     fleet.check(done["streamed_bytes"] > 0, f"gave up {done['gave_up']}")
 
