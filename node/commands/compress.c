@@ -55,13 +55,16 @@ static size_t split_at(fl_bytes text) {
     return at < text.size ? at + 1 : text.size;
 }
 
-static fl_status loss_of(const node_setup *s, const node_model *m, fl_bytes text, double *ret,
-                         fl_err *err) {
+// Over twice as many tokens as calibrate, at most: a quick compression is not followed by a long
+// reading.
+static fl_status loss_of(const node_setup *s, const node_model *m, fl_bytes text, int64_t tokens,
+                         double *ret, fl_err *err) {
     enum { SCORED_MAX = 4096 };
+    const int64_t most = 2 * tokens < SCORED_MAX ? 2 * tokens : SCORED_MAX;
     node_corpus *corpus = NULL;
     const node_corpus_opts split = {.no_split = true};
     FL_TRY(node_corpus_from_text(text, "the calibration text", s->tokenizer, &split, &corpus, err));
-    const node_eval_opts opts = {.threads = fl_pool_threads(s->pool), .tokens_max = SCORED_MAX};
+    const node_eval_opts opts = {.threads = fl_pool_threads(s->pool), .tokens_max = (uint32_t)most};
     node_eval *eval = NULL;
     node_eval_result r;
     fl_status st = node_eval_open(&s->engine, m, NULL, &opts, &eval, err);
@@ -119,13 +122,13 @@ static fl_status compress(const compress_opts *o, const node_setup *s, fl_bytes 
                                      .seed = (uint64_t)o->seed,
                                      .progress = show,
                                      .ctx = &bar};
-    FL_TRY(loss_of(s, s->model, held.size > 0 ? held : text, before, err));
+    FL_TRY(loss_of(s, s->model, held.size > 0 ? held : text, o->tokens, before, err));
     fl_status st = node_compress(&s->engine, s->model, &opts, o->out, r, err);
     fl_progress_done(&bar);
     FL_TRY(st);
     node_model *made = NULL;
     st = node_model_open(o->out, &made, err);
-    if (st == FL_OK) st = loss_of(s, made, held.size > 0 ? held : text, after, err);
+    if (st == FL_OK) st = loss_of(s, made, held.size > 0 ? held : text, o->tokens, after, err);
     node_model_close(made);
     if (st != FL_OK) unlink(o->out);
     return st;

@@ -121,6 +121,7 @@ static fl_status measure(job *j, fl_err *err) {
     node_sense_opts s = {.sparsity = o->sparsity,
                          .prune = o->prune,
                          .predict = o->policy == NODE_POLICY_LUC,
+                         .nearest = o->policy == NODE_POLICY_UNIFORM,
                          .progress = sense_progress,
                          .ctx = (void *)(uintptr_t)o};
     node_decide_range(o->policy, o->bits, &s.bits_low, &s.bits_high);

@@ -7,7 +7,9 @@ void node_decide_range(node_policy_kind policy, double bits, uint32_t *ret_low,
                        uint32_t *ret_high) {
     const bool chooses = policy == NODE_POLICY_LUC;
     const double low = !chooses ? floor(bits) : bits < 4 ? 2 : NODE_SENSE_HARM_BITS;
-    const double high = chooses ? ceil(bits) + 2 : floor(bits) + 1;
+    const double high = chooses                         ? ceil(bits) + 2
+                        : policy == NODE_POLICY_UNIFORM ? ceil(bits)
+                                                        : floor(bits) + 1;
     *ret_low = low < FL_PACKED_BITS_MIN ? FL_PACKED_BITS_MIN : (uint32_t)low;
     *ret_high = high > FL_PACKED_BITS_MAX ? FL_PACKED_BITS_MAX : (uint32_t)high;
 }

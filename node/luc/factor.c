@@ -8,7 +8,8 @@ void node_factor_bind(node_factor *f, uint32_t n_max, uint32_t tokens_max, unsig
     *f = (node_factor){.n_max = n_max, .tokens_max = tokens_max, .threads = threads};
     f->xt = FL_ARENA_NEW(arena, float, n *tokens_max);
     f->rows = FL_ARENA_NEW(arena, float, threads *NODE_FACTOR_BLOCK *n);
-    f->panel = FL_ARENA_NEW(arena, double, NODE_FACTOR_BLOCK *n);
+    f->panel = FL_ARENA_NEW(arena, float, NODE_FACTOR_BLOCK *n);
+    f->solved = FL_ARENA_NEW(arena, float, n *NODE_FACTOR_BLOCK);
     f->h = FL_ARENA_NEW(arena, double, n *n);
 }
 
@@ -61,15 +62,16 @@ fl_status node_factor_gram(const node_engine *engine, node_factor *f, const floa
 }
 
 typedef struct chol_run {
-    double *h, *panel;
+    const node_engine *engine;
+    node_factor *f;
     size_t n, begin, end; // the block column that is being removed
 } chol_run;
 
 static bool diagonal_block(const chol_run *r) {
     for (size_t i = r->begin; i < r->end; i++) {
-        double *row = r->h + i * r->n;
+        double *row = r->f->h + i * r->n;
         for (size_t j = r->begin; j <= i; j++) {
-            const double *other = r->h + j * r->n;
+            const double *other = r->f->h + j * r->n;
             double s = row[j];
             for (size_t k = r->begin; k < j; k++) s -= row[k] * other[k];
             if (j < i) {
@@ -83,52 +85,60 @@ static bool diagonal_block(const chol_run *r) {
     return true;
 }
 
-// Rows below the diagonal block, counted from its end: solved, and copied to the panel transposed,
-// where the update reads them along the columns.
+enum { SOLVED = 16 }; // rows that are solved side by side, as the lanes of the loops
+
+// Rows below the diagonal block, counted from its end: solved, and copied as floats, as they are
+// and transposed, for the update.
 static void solve_rows(void *ctx, size_t begin, size_t end, unsigned worker) {
     const chol_run *r = ctx;
+    const size_t n = r->n, size = r->end - r->begin, lanes = end - begin;
+    double x[NODE_FACTOR_BLOCK][SOLVED] = {{0}};
     (void)worker;
-    for (size_t i = r->end + begin; i < r->end + end; i++) {
-        double *row = r->h + i * r->n;
-        for (size_t j = r->begin; j < r->end; j++) {
-            const double *other = r->h + j * r->n;
-            double s = row[j];
-            for (size_t k = r->begin; k < j; k++) s -= row[k] * other[k];
-            row[j] = s / other[j];
-            r->panel[(j - r->begin) * r->n + i] = row[j];
+    double *h = r->f->h + (r->end + begin) * n + r->begin;
+    for (size_t i = 0; i < lanes; i++)
+        for (size_t j = 0; j < size; j++) x[j][i] = h[i * n + j];
+    for (size_t j = 0; j < size; j++) {
+        const double *other = r->f->h + (r->begin + j) * n + r->begin;
+        for (size_t k = 0; k < j; k++)
+            for (int i = 0; i < SOLVED; i++) x[j][i] -= x[k][i] * other[k];
+        for (int i = 0; i < SOLVED; i++) x[j][i] /= other[j];
+    }
+    for (size_t i = 0; i < lanes; i++) {
+        const size_t row = r->end + begin + i;
+        for (size_t j = 0; j < size; j++) {
+            h[i * n + j] = x[j][i];
+            r->f->solved[row * NODE_FACTOR_BLOCK + j] = (float)x[j][i];
+            r->f->panel[j * n + row] = (float)x[j][i];
         }
     }
 }
 
+// Products of floats, summed over one block of columns in floats, over the blocks in doubles: an
+// element's error is of the order of the Gram matrix's own.
 static void update_rows(void *ctx, size_t begin, size_t end, unsigned worker) {
     const chol_run *r = ctx;
-    const size_t n = r->n;
-    (void)worker;
-    for (size_t i = r->end + begin; i < r->end + end; i++) {
-        double *restrict row = r->h + i * n;
-        size_t k = r->begin;
-        for (; k + 4 <= r->end; k += 4) {
-            const double a = row[k], b = row[k + 1], c = row[k + 2], d = row[k + 3];
-            const double *restrict p = r->panel + (k - r->begin) * n;
-            for (size_t j = r->end; j <= i; j++)
-                row[j] -= a * p[j] + b * p[n + j] + (c * p[2 * n + j] + d * p[3 * n + j]);
-        }
-        for (; k < r->end; k++)
-            for (size_t j = r->end; j <= i; j++)
-                row[j] -= row[k] * r->panel[(k - r->begin) * n + j];
+    const size_t n = r->n, first = r->end + begin, cols = end;
+    float *rows = r->f->rows + (size_t)worker * NODE_FACTOR_BLOCK * r->f->n_max;
+    r->engine->kern->gemm_f32->nn(end - begin, r->end - r->begin, cols,
+                                  r->f->solved + first * NODE_FACTOR_BLOCK, NODE_FACTOR_BLOCK,
+                                  r->f->panel + r->end, n, rows, cols, false);
+    for (size_t i = 0; i < end - begin; i++) {
+        double *restrict row = r->f->h + (first + i) * n + r->end;
+        const float *restrict product = rows + i * cols;
+        for (size_t j = 0; j <= begin + i; j++) row[j] -= (double)product[j];
     }
 }
 
 fl_status node_factor_cholesky(const node_engine *engine, node_factor *f, fl_err *err) {
-    chol_run r = {.h = f->h, .panel = f->panel, .n = f->n};
+    chol_run r = {.engine = engine, .f = f, .n = f->n};
     for (r.begin = 0; r.begin < r.n; r.begin = r.end) {
         r.end = r.begin + NODE_FACTOR_BLOCK < r.n ? r.begin + NODE_FACTOR_BLOCK : r.n;
         if (!diagonal_block(&r))
             return FL_FAIL(err, FL_EFORMAT,
                            "the Gram matrix of a layer's inputs is not positive "
                            "definite; give more calibration text");
-        fl_pool_run(engine->pool, r.n - r.end, 16, solve_rows, &r);
-        fl_pool_run(engine->pool, r.n - r.end, 16, update_rows, &r);
+        fl_pool_run(engine->pool, r.n - r.end, SOLVED, solve_rows, &r);
+        fl_pool_run(engine->pool, r.n - r.end, NODE_FACTOR_BLOCK, update_rows, &r);
     }
     return FL_OK;
 }

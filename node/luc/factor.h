@@ -16,7 +16,8 @@ typedef struct node_factor {
     unsigned threads;
     float *xt;     // [n_max][tokens_max]
     float *rows;   // [threads][NODE_FACTOR_BLOCK][n_max]
-    double *panel; // [NODE_FACTOR_BLOCK][n_max]
+    float *panel;  // [NODE_FACTOR_BLOCK][n] a block column, transposed
+    float *solved; // [n_max][NODE_FACTOR_BLOCK] the same as it is
     double *h;     // [n][n]: the Gram matrix, then its factor; only the lower triangle counts
     uint32_t n;    // of what `h` holds
 } node_factor;
@@ -33,8 +34,10 @@ fl_status node_factor_gram(const node_engine *engine, node_factor *f, const floa
                            double damping, fl_err *err) FL_NODISCARD;
 
 // h = L with L L^T = h, lower triangle, blocked and right-looking (Golub and Van Loan, Matrix
-// Computations, 4th ed., 4.2.9). FL_EFORMAT when h is not positive definite. The same bits with any
-// number of threads.
+// Computations, 4th ed., 4.2.9). Products within a block of NODE_FACTOR_BLOCK columns are of
+// floats, sums over blocks are doubles: |L L^T - h| of entry (i, j) is about FLT_EPSILON sqrt(h_ii
+// h_jj), as large as what the sums of node_factor_gram leave out. FL_EFORMAT when h is not positive
+// definite. The same bits with any number of threads.
 fl_status node_factor_cholesky(const node_engine *engine, node_factor *f, fl_err *err) FL_NODISCARD;
 
 #endif

@@ -243,7 +243,7 @@ static fl_status measure_layer(node_luc_work *w, uint32_t layer, const node_sens
                        energy == 0 ? "all zero" : "not finite");
     if (s->levels != 0 && o->prune == NODE_PRUNE_STRUCTURED)
         FL_TRY(prune_structured(w, layer, energy, s, err));
-    FL_TRY(node_luc_pack_widths(w, layer, o->bits_low, o->bits_high, err));
+    FL_TRY(node_luc_pack_widths(w, layer, o->bits_low, o->bits_high, o->nearest, err));
     w->batch.tokens = all < NODE_SENSE_TOKENS ? all : NODE_SENSE_TOKENS;
     energy = energy_of(w);
     if (s->levels != 0 && o->prune == NODE_PRUNE_UNSTRUCTURED)

@@ -3,7 +3,9 @@
 // Error of layer j with bits b (or sparsity p): the exact layer and the compressed one run on the
 // same exact input over calibration tokens, e_j = sum |y' - y|^2 / sum |y|^2 in double, y the
 // layer's output on the residual stream. It has no scale. The compressed layer is rounded as the
-// final one will be, with feedback: plain rounding errs by other factors in other layers. For
+// final one will be, with feedback: plain rounding errs by other factors in other layers. Where
+// nothing is decided by it, as under uniform bits, plain rounding, which takes a fraction of the
+// time, has to do for the report. For
 // structured pruning the same number comes from the factor of the Gram matrices in closed form,
 // the repair included.
 //
@@ -41,7 +43,8 @@ enum {
 typedef struct node_sense_opts {
     uint32_t bits_low, bits_high; // measured, both included; with predict, 3 is among them
     bool predict;                 // measure harm and shares at all: only `luc` asks for them
-    double sparsity;              // 0: nothing is pruned
+    bool nearest;    // the widths are rounded to nearest codes: where nothing is decided by them
+    double sparsity; // 0: nothing is pruned
     node_prune_kind prune;
     void (*progress)(void *ctx, uint32_t done, uint32_t total);
     void *ctx;

@@ -176,7 +176,7 @@ fl_status node_luc_factor(node_luc_work *w, uint32_t layer, node_module module,
 }
 
 fl_status node_luc_pack_widths(node_luc_work *w, uint32_t layer, uint32_t low, uint32_t high,
-                               fl_err *err) {
+                               bool nearest, fl_err *err) {
     const node_layer *from = &w->model->layer[layer];
     size_t used[NODE_LUC_WIDTHS] = {0};
     FL_ASSERT(low <= high && high - low < NODE_LUC_WIDTHS);
@@ -184,7 +184,7 @@ fl_status node_luc_pack_widths(node_luc_work *w, uint32_t layer, uint32_t low, u
     for (node_module m = NODE_Q; m < NODE_MODULES; m++) {
         const uint32_t rows = from->linear[m].rows, cols = from->linear[m].cols;
         const bool shared = m == NODE_K || m == NODE_V || m == NODE_UP; // inputs of the one before
-        if (!shared) FL_TRY(node_luc_factor(w, layer, m, NULL, err));
+        if (!shared && !nearest) FL_TRY(node_luc_factor(w, layer, m, NULL, err));
         for (uint32_t i = 0; i <= high - low; i++) {
             uint8_t *block = w->width_block + i * w->layer_size + used[i];
             const node_quantise_job job = {.w = w->w[m],
@@ -195,7 +195,10 @@ fl_status node_luc_pack_widths(node_luc_work *w, uint32_t layer, uint32_t low, u
                                            .packed = block};
             size_t size = 0;
             FL_ASSERT(fl_packed_size(rows, cols, low + i, &size));
-            (void)node_quantise_feedback(w->engine, &w->quantise, &job);
+            if (nearest)
+                node_quantise_nearest(w->engine, &w->quantise, &job);
+            else
+                (void)node_quantise_feedback(w->engine, &w->quantise, &job);
             w->width[i].linear[m] =
                 (node_matrix){NODE_TYPE_PACKED, low + i, rows, cols, block, size};
             used[i] += size;

@@ -47,9 +47,10 @@ void node_luc_load(node_luc_work *work, uint32_t layer);
 void node_luc_pack(node_luc_work *work, uint32_t layer, uint32_t bits, bool keep_zeros,
                    uint8_t *block, node_layer *ret);
 
-// work->width[i] = the layer just run, work->w rounded with feedback to low + i bits, up to high.
+// work->width[i] = the layer just run, work->w rounded to low + i bits, up to high: with feedback,
+// or to nearest codes.
 fl_status node_luc_pack_widths(node_luc_work *work, uint32_t layer, uint32_t low, uint32_t high,
-                               fl_err *err) FL_NODISCARD;
+                               bool nearest, fl_err *err) FL_NODISCARD;
 
 // Runs a layer of `model` over the batch on rows in place.
 void node_luc_run(node_luc_work *work, const node_model *model, uint32_t layer, float *x);
