@@ -3,7 +3,7 @@ model larger than the memory it may take is still tuned, scored and written with
 numbers, its weights passing through, and never above the limit.
 
 Method: models with the shapes of SmolLM2-135M and random weights (make_model), cut to a few layers
-unless FL_TEST_LONG is set. The planned peak against the kernel's own count of the resident set.
+unless FL_TEST_LARGE is set. The planned peak against the kernel's own count of the resident set.
 Where control groups can be made, one with less memory than the model has and with storage of
 40 MB/s.
 """
@@ -17,7 +17,7 @@ import time
 
 import fleet
 
-LONG = bool(os.environ.get("FL_TEST_LONG"))
+LARGE = bool(os.environ.get("FL_TEST_LARGE"))
 MIB = 1 << 20
 CLOSE = 0.05  # of the plan, where all weights stay
 # Above a limit: the system maps a touched page's surroundings too, up to 64 KiB at each edge of what
@@ -199,7 +199,7 @@ def test(f):
     (f.dir / "text.txt").write_text(fleet.text_of("memory", 30000))
     plain, model = f.dir / "plain.gguf", f.dir / "model.gguf"
     f.ok(f.bin / "make_model", plain, "--shape", "smollm2",
-         *([] if LONG else ["--layers", 12]))
+         *([] if LARGE else ["--layers", 12]))
     f.ok(f.node_bin, "compress", plain, "--out", model, "--bits", 4, "--policy", "uniform",
          "--calibration", f.dir / "text.txt", "--calibration-tokens", 64, timeout=400)
     check_modes(f, model, "packed")

@@ -3,23 +3,23 @@
 compress, plan, tune, eval and generate, whole and under a limit where weights pass through, to the
 same numbers, with the memory that was planned.
 
-Method: random weights (make_model), two layers of each unless FL_TEST_LONG is set; every other
+Method: random weights (make_model), two layers of each unless FL_TEST_LARGE is set; every other
 dimension is the published one. The planned peak against the kernel's count of the resident set.
 """
 import json
 import math
 
 import fleet
-from test_memory import LONG, check_limit, check_peak, tune
+from test_memory import LARGE, check_limit, check_peak, tune
 
 LAYERS = 2
-TUNING = ["--sequence", 32] + ([] if LONG else ["--exits", LAYERS])
+TUNING = ["--sequence", 32] + ([] if LARGE else ["--exits", LAYERS])
 
 
 def check_compress(f, plain, model):
     made = json.loads(f.ok(f.node_bin, "compress", plain, "--out", model, "--bits", 4, "--policy",
                            "uniform", "--calibration", f.dir / "text.txt", "--calibration-tokens",
-                           64, "--json", timeout=1800 if LONG else 240).out)
+                           64, "--json", timeout=1800 if LARGE else 240).out)
     fleet.check(made["bytes_out"] == model.stat().st_size, "compress: bytes_out")
     fleet.check(made["mean_bits"] == 4, f"compress: {made['mean_bits']} bits")
     gap = made["nll_after"] - made["nll_before"]
@@ -29,7 +29,7 @@ def check_compress(f, plain, model):
 def check_shape(f, shape, kind, hidden, vocabulary):
     plain, model = f.dir / "plain.gguf", f.dir / "model.gguf"
     f.ok(f.bin / "make_model", plain, "--shape", shape, "--type", kind,
-         *([] if LONG else ["--layers", LAYERS]), timeout=240)
+         *([] if LARGE else ["--layers", LAYERS]), timeout=240)
     check_compress(f, plain, model)
     for path in (plain, model):
         seen = f.node_json("inspect", path)
