@@ -29,6 +29,32 @@ enum {
     FL_PACKED_BITS_MAX = 8,
 };
 
+// DO(width) with the width as a constant, so that code forced inline is made for each of them.
+#define FL_PACKED_WITH_BITS(bits, DO)                                                              \
+    switch (bits) {                                                                                \
+    case 2:                                                                                        \
+        DO(2);                                                                                     \
+        break;                                                                                     \
+    case 3:                                                                                        \
+        DO(3);                                                                                     \
+        break;                                                                                     \
+    case 4:                                                                                        \
+        DO(4);                                                                                     \
+        break;                                                                                     \
+    case 5:                                                                                        \
+        DO(5);                                                                                     \
+        break;                                                                                     \
+    case 6:                                                                                        \
+        DO(6);                                                                                     \
+        break;                                                                                     \
+    case 7:                                                                                        \
+        DO(7);                                                                                     \
+        break;                                                                                     \
+    default:                                                                                       \
+        DO(8);                                                                                     \
+        break;                                                                                     \
+    }
+
 // A borrowed view of a packed matrix.
 typedef struct fl_packed {
     const uint8_t *data; // 64-byte aligned
@@ -45,8 +71,8 @@ uint16_t fl_f16_from_f32(float v);
 float fl_f16_to_f32(uint16_t h);
 
 // Writes one tile. codes[16][64] row-major (each < 2^bits), scale[16], minimum[16] as fp16 bits.
-void fl_packed_tile_write(uint8_t *tile, uint32_t bits, const uint8_t *codes,
-                          const uint16_t *scale, const uint16_t *minimum);
+void fl_packed_tile_write(uint8_t *tile, uint32_t bits, const uint8_t *codes, const uint16_t *scale,
+                          const uint16_t *minimum);
 // The definition of the form: one tile back to codes[16][64], scale[16], minimum[16].
 void fl_packed_tile_read(const uint8_t *tile, uint32_t bits, uint8_t *codes, uint16_t *scale,
                          uint16_t *minimum);

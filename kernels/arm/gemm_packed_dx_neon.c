@@ -37,29 +37,9 @@ static void dequantise(const uint8_t *tile, const uint8_t *codes, float *panel) 
 static void tile_floats(const uint8_t *tile, uint32_t bits, float *panel) {
     _Alignas(64) uint8_t codes[FL_PACKED_CODES];
     const uint8_t *data = tile + FL_PACKED_HEAD;
-    switch (bits) {
-    case 2:
-        fl_unpack_neon(data, 2, codes);
-        break;
-    case 3:
-        fl_unpack_neon(data, 3, codes);
-        break;
-    case 4:
-        fl_unpack_neon(data, 4, codes);
-        break;
-    case 5:
-        fl_unpack_neon(data, 5, codes);
-        break;
-    case 6:
-        fl_unpack_neon(data, 6, codes);
-        break;
-    case 7:
-        fl_unpack_neon(data, 7, codes);
-        break;
-    default:
-        fl_unpack_neon(data, 8, codes);
-        break;
-    }
+#define UNPACK(width) fl_unpack_neon(data, width, codes)
+    FL_PACKED_WITH_BITS(bits, UNPACK)
+#undef UNPACK
     dequantise(tile, codes, panel);
 }
 

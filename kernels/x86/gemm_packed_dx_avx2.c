@@ -44,29 +44,9 @@ static void dequantise(const uint8_t *tile, const uint8_t *codes, float *panel) 
 }
 
 static void unpack(const uint8_t *data, uint32_t bits, uint8_t *codes) {
-    switch (bits) {
-    case 2:
-        fl_unpack_avx2(data, 2, codes);
-        break;
-    case 3:
-        fl_unpack_avx2(data, 3, codes);
-        break;
-    case 4:
-        fl_unpack_avx2(data, 4, codes);
-        break;
-    case 5:
-        fl_unpack_avx2(data, 5, codes);
-        break;
-    case 6:
-        fl_unpack_avx2(data, 6, codes);
-        break;
-    case 7:
-        fl_unpack_avx2(data, 7, codes);
-        break;
-    default:
-        fl_unpack_avx2(data, 8, codes);
-        break;
-    }
+#define UNPACK(width) fl_unpack_avx2(data, width, codes)
+    FL_PACKED_WITH_BITS(bits, UNPACK)
+#undef UNPACK
 }
 
 // sum[tokens][2] += dy[tokens] of the rows times a strip: of its first rows, or of those listed.

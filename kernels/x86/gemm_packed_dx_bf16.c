@@ -86,30 +86,10 @@ FL_INLINE void unpack_tile(const uint8_t *tile, int bits, pair *out) {
     }
 }
 
-static void tile_pairs(const uint8_t *tile, uint32_t bits, pair *out) {
-    switch (bits) {
-    case 2:
-        unpack_tile(tile, 2, out);
-        break;
-    case 3:
-        unpack_tile(tile, 3, out);
-        break;
-    case 4:
-        unpack_tile(tile, 4, out);
-        break;
-    case 5:
-        unpack_tile(tile, 5, out);
-        break;
-    case 6:
-        unpack_tile(tile, 6, out);
-        break;
-    case 7:
-        unpack_tile(tile, 7, out);
-        break;
-    default:
-        unpack_tile(tile, 8, out);
-        break;
-    }
+static void tile_pairs(const uint8_t *tile, uint32_t bits, pair *out){
+#define UNPACK(width) unpack_tile(tile, width, out)
+    FL_PACKED_WITH_BITS(bits, UNPACK)
+#undef UNPACK
 }
 
 // Adds the pairs first + i for which bit i is set; false when there is no room for them.
