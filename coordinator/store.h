@@ -15,6 +15,7 @@
 #define COORD_STORE_H
 
 #include "common/status.h"
+#include "coordinator/store_disk.h"
 
 enum {
     COORD_DIGEST = 32, // BLAKE2b-256
@@ -33,6 +34,10 @@ typedef struct coord_store coord_store;
 fl_status coord_store_create(const char *dir, fl_err *err) FL_NODISCARD;
 // FL_ENOENT: no state there. FL_EUNSUPPORTED: written by a newer version.
 fl_status coord_store_open(const char *dir, coord_store **ret, fl_err *err) FL_NODISCARD;
+// The same on another disk than the system's: there the database has this one connection only.
+fl_status coord_store_create_on(coord_disk *disk, const char *dir, fl_err *err) FL_NODISCARD;
+fl_status coord_store_open_on(coord_disk *disk, const char *dir, coord_store **ret,
+                              fl_err *err) FL_NODISCARD;
 void coord_store_close(coord_store *s); // rolls an open batch back; NULL is fine
 
 // A batch. begin is idempotent; commit without a batch does nothing.
@@ -55,6 +60,11 @@ fl_status coord_store_import_object(coord_store *s, const char *path,
 fl_status coord_store_get_object(coord_store *s, const uint8_t digest[COORD_DIGEST],
                                  size_t size_max, uint8_t **ret_data, size_t *ret_size,
                                  fl_err *err) FL_NODISCARD;
+// Up to `size` bytes of an object from `offset` on, unchecked: who fetches it has the digest.
+// FL_ENOENT; *ret_total is its whole size.
+fl_status coord_store_read_object(coord_store *s, const uint8_t digest[COORD_DIGEST],
+                                  uint64_t offset, uint8_t *out, size_t size, size_t *ret_got,
+                                  uint64_t *ret_total, fl_err *err) FL_NODISCARD;
 void coord_store_object_path(const coord_store *s, const uint8_t digest[COORD_DIGEST],
                              char ret_path[COORD_PATH_MAX]);
 void coord_digest_text(const uint8_t digest[COORD_DIGEST], char ret_hex[2 * COORD_DIGEST + 1]);
