@@ -184,6 +184,9 @@ fl_status coord_store_layers(coord_store *s, coord_layer_row *rows, size_t max, 
 // The next version: row->version must be the stored one plus 1 (FL_ESTATE). Keeps the history.
 fl_status coord_store_set_layer(coord_store *s, const coord_layer_row *row, int64_t updates,
                                 fl_err *err) FL_NODISCARD;
+// The object of one version. FL_ENOENT: it is not kept, or not made yet.
+fl_status coord_store_find_layer(coord_store *s, uint32_t layer, int64_t version,
+                                 uint8_t ret_digest[COORD_DIGEST], fl_err *err) FL_NODISCARD;
 // Is this the digest of a version that is kept?
 fl_status coord_store_is_layer(coord_store *s, const uint8_t digest[COORD_DIGEST], bool *ret,
                                fl_err *err) FL_NODISCARD;
@@ -249,6 +252,9 @@ typedef fl_status (*coord_update_fn)(void *ctx, const coord_update_row *row, fl_
 // Updates of the open buffer, in the order of their admission.
 fl_status coord_store_each_open_update(coord_store *s, coord_update_fn fn, void *ctx,
                                        fl_err *err) FL_NODISCARD;
+// All updates with a greater id, in order.
+fl_status coord_store_each_update_after(coord_store *s, int64_t id, coord_update_fn fn, void *ctx,
+                                        fl_err *err) FL_NODISCARD;
 // All admitted updates of one task.
 fl_status coord_store_each_task_update(coord_store *s, int64_t task, coord_update_fn fn, void *ctx,
                                        fl_err *err) FL_NODISCARD;

@@ -16,7 +16,7 @@ typedef struct vfs_file {
     sqlite3_file base;
     coord_disk *disk;
     coord_file *file;
-    bool name_dirty; // made here and its name not synced yet
+    bool name_dirty; // its name may not be durable yet
     char path[PATH_BYTES];
 } vfs_file;
 
@@ -116,7 +116,7 @@ static int vfs_open(sqlite3_vfs *vfs, sqlite3_filename name, sqlite3_file *f, in
     if (name == NULL) return SQLITE_CANTOPEN; // temporary files are in memory
     v->disk = vfs->pAppData;
     const bool create = (flags & SQLITE_OPEN_CREATE) != 0;
-    v->name_dirty = create && !v->disk->ops->exists(v->disk, name);
+    v->name_dirty = create; // also when it is there: whoever made it may not have come so far
     snprintf(v->path, sizeof(v->path), "%s", name);
     if (v->disk->ops->open(v->disk, name, create, &v->file, NULL) != FL_OK) return SQLITE_CANTOPEN;
     v->base.pMethods = &methods;
