@@ -47,25 +47,20 @@ static bool pk_check(const uint8_t key[FL_SIGN_KEY], fl_bytes message,
     return memcmp(want, sig, sizeof(want)) == 0;
 }
 
-static fl_status pk_dh_key(const fl_secret *secret, uint8_t ret_key[FL_DH_KEY], fl_err *err) {
+// The same for both sides: of the two public keys in order.
+static fl_status pk_dh(const uint8_t secret[FL_DH_KEY], const uint8_t peer[FL_DH_KEY],
+                       uint8_t ret_shared[FL_DH_KEY], fl_err *err) {
+    uint8_t mine[FL_DH_KEY];
     (void)err;
-    sim_public(fl_secret_view(secret).data, ret_key);
+    sim_public(secret, mine);
+    const bool first = memcmp(mine, peer, FL_DH_KEY) < 0;
+    hash2("shared", (fl_bytes){first ? mine : peer, FL_DH_KEY},
+          (fl_bytes){first ? peer : mine, FL_DH_KEY}, ret_shared);
     return FL_OK;
 }
 
-// The same for both sides: of the two public keys in order.
-static fl_status pk_dh(const fl_secret *secret, const uint8_t peer[FL_DH_KEY], fl_secret **ret,
-                       fl_err *err) {
-    uint8_t mine[FL_DH_KEY], shared[FL_HASH_SIZE];
-    sim_public(fl_secret_view(secret).data, mine);
-    const bool first = memcmp(mine, peer, FL_DH_KEY) < 0;
-    hash2("shared", (fl_bytes){first ? mine : peer, FL_DH_KEY},
-          (fl_bytes){first ? peer : mine, FL_DH_KEY}, shared);
-    return fl_secret_copy((fl_bytes){shared, sizeof(shared)}, ret, err);
-}
-
 const fl_pk sim_pk = {
-    .sign = pk_sign, .sign_check = pk_check, .dh_key = pk_dh_key, .dh = pk_dh};
+    .sign = pk_sign, .sign_check = pk_check, .dh_key = sim_public, .dh = pk_dh};
 
 // ---- the envelope of an update: 32 bytes of key, payload, 16 bytes of tag, 64 of signature
 
