@@ -61,7 +61,7 @@ fl_status fl_dh_key(const fl_secret *secret, uint8_t ret_key[FL_DH_KEY], fl_err 
 fl_status fl_dh(const fl_secret *secret, const uint8_t peer[FL_DH_KEY], fl_secret **ret,
                 fl_err *err) FL_NODISCARD;
 
-// What a handshake needs of the above, as a table; its secrets are the caller's to keep and to wipe.
+// What a handshake needs of the above, as a table; secrets are the caller's to keep and to wipe.
 // Everything real uses fl_pk_real; a simulator that shakes hands a million times brings its own,
 // which lives in the simulator alone.
 typedef struct fl_pk {

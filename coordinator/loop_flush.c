@@ -56,7 +56,7 @@ static fl_status load_moments(coord_loop *loop, const coord_layer_row *row, size
     uint8_t *data = NULL;
     size_t size = 0;
     if (doubles == 0) return FL_OK;
-    if (!row->has_moments || fl_plant(MOMENTS_LOST)) { // its first step, or the first with this optimiser
+    if (!row->has_moments || fl_plant(MOMENTS_LOST)) { // first step, or first with this optimiser
         coord_opt_start(&loop->opt, (size_t)row->count, moments);
         return FL_OK;
     }
@@ -76,10 +76,10 @@ static fl_status load_moments(coord_loop *loop, const coord_layer_row *row, size
 static fl_status save(coord_loop *loop, const step *s, size_t doubles, coord_layer_row *row,
                       fl_err *err) {
     const size_t size = fl_layer_size((uint32_t)row->count);
-    const uint64_t version = (uint64_t)row->version;
-    FL_TRY(fl_layer_encode(row->layer, fl_plant(VERSION_REUSED) && version > 1 ? version - 1
-                                                                               : version, s->theta, (uint32_t)row->count,
-                           s->bytes, size, err));
+    uint64_t version = (uint64_t)row->version;
+    if (fl_plant(VERSION_REUSED) && version > 1) version--;
+    FL_TRY(fl_layer_encode(row->layer, version, s->theta, (uint32_t)row->count, s->bytes, size,
+                           err));
     row->size = (int64_t)size;
     FL_TRY(coord_store_put_object(loop->store, (fl_bytes){s->bytes, size}, row->digest, err));
     row->has_moments = doubles > 0;

@@ -112,7 +112,8 @@ static uint32_t enough(const coord_round *r) {
 
 static void maybe_flush(coord_round *r, uint64_t now_ms, coord_effect *fx) {
     if (r->phase != COORD_COLLECT || r->updates == 0) return;
-    const bool late = !fl_plant(DEADLINE_IGNORED) && now_ms >= r->opened_ms && now_ms - r->opened_ms >= r->opts.deadline_ms;
+    const bool late = now_ms >= r->opened_ms && now_ms - r->opened_ms >= r->opts.deadline_ms &&
+                      !fl_plant(DEADLINE_IGNORED);
     if (r->contributions >= enough(r))
         fx->flush = COORD_FLUSH_FULL;
     else if (late && r->contributions >= r->opts.updates_min)
@@ -249,7 +250,8 @@ static fl_status on_offer(coord_round *r, const coord_event *ev, coord_effect *f
     } else if (s->task == 0 || s->task != ev->task || ev->layer < s->first || ev->layer > s->last ||
                bit(s->answered, ev->layer)) {
         fx->code = FL_CODE_NOT_ASSIGNED;
-    } else if (ev->base > r->version[ev->layer] || (*last_of(r, ev->node, ev->layer) > ev->base && !fl_plant(OLDER_BASE))) {
+    } else if (ev->base > r->version[ev->layer] ||
+               (*last_of(r, ev->node, ev->layer) > ev->base && !fl_plant(OLDER_BASE))) {
         fx->code = FL_CODE_BASE; // from the future, or not newer than what it sent before
     } else {
         fx->staleness = r->version[ev->layer] - ev->base;
