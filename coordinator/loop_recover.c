@@ -62,7 +62,7 @@ static fl_status start_round(coord_loop *loop, uint64_t now_ms, fl_err *err) {
     int64_t last_task = 0;
     FL_TRY(coord_settings_round(&loop->settings, loop->layers, &opts, err));
     FL_TRY(open_round(loop, &round, err));
-    const size_t size = coord_round_size(&opts) + opts.nodes_max * sizeof(coord_member) + 256;
+    const size_t size = coord_round_size(&opts) + coord_registry_size(opts.nodes_max);
     fl_arena_init(&loop->memory, calloc(size, 1), size);
     loop->sessions = calloc(opts.nodes_max, sizeof(*loop->sessions));
     if (loop->memory.base == NULL || loop->sessions == NULL)
