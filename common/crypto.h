@@ -72,6 +72,8 @@ typedef struct fl_pk {
     void (*dh_key)(const uint8_t secret[FL_DH_KEY], uint8_t ret_key[FL_DH_KEY]);
     fl_status (*dh)(const uint8_t secret[FL_DH_KEY], const uint8_t peer[FL_DH_KEY],
                     uint8_t ret_shared[FL_DH_KEY], fl_err *err); // FL_EAUTH as fl_dh
+    void *(*take)(size_t size); // zeros for secrets, locked as those of fl_secret; NULL: none left
+    void (*give)(void *p);      // wipes; NULL is fine
 } fl_pk;
 extern const fl_pk fl_pk_real;
 

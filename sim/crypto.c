@@ -3,6 +3,7 @@
 #include "common/plant.h"
 #include "sim/rng.h"
 
+#include <stdlib.h>
 #include <string.h>
 
 void sim_fill(sim_rng *r, void *out, size_t size) {
@@ -60,8 +61,17 @@ static fl_status pk_dh(const uint8_t secret[FL_DH_KEY], const uint8_t peer[FL_DH
     return FL_OK;
 }
 
-const fl_pk sim_pk = {
-    .sign = pk_sign, .sign_check = pk_check, .dh_key = sim_public, .dh = pk_dh};
+// Ordinary memory: a large fleet has more sessions than the system has locked pages.
+static void *pk_take(size_t size) {
+    return calloc(1, size);
+}
+
+const fl_pk sim_pk = {.sign = pk_sign,
+                      .sign_check = pk_check,
+                      .dh_key = sim_public,
+                      .dh = pk_dh,
+                      .take = pk_take,
+                      .give = free};
 
 // ---- the envelope of an update: 32 bytes of key, payload, 16 bytes of tag, 64 of signature
 
