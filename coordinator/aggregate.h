@@ -10,21 +10,13 @@
 #define COORD_AGGREGATE_H
 
 #include "common/status.h"
+#include "coordinator/round_weight.h"
 
 #define COORD_VALUE_MAX  ((int64_t)1 << 40)
-#define COORD_TOKENS_MAX ((uint64_t)1 << 24) // an update counts for no more tokens than this
-#define COORD_ONE        (1u << 16)          // 1.0 as a weight's or a clip's fixed point
 enum { COORD_FOLDS_MAX = 1 << 20 };
 
 __extension__ typedef __int128 coord_wide;
 __extension__ typedef unsigned __int128 coord_uwide;
-
-// round(2^16 / sqrt(1 + tau)), exactly: what an update tau layer versions behind still weighs.
-// Source: Nguyen et al., Federated Learning with Buffered Asynchronous Aggregation, section 5.
-uint32_t coord_staleness(uint64_t tau);
-
-// tokens (clipped to COORD_TOKENS_MAX) * staleness: the weight of one update.
-uint64_t coord_weight(uint64_t tokens, uint64_t tau);
 
 // sqrt(sum v^2) * unit. |v| <= COORD_VALUE_MAX, count <= 2^32; the sum is exact.
 double coord_norm(const int64_t *values, size_t count, double unit);
