@@ -1,81 +1,8 @@
 #include "coordinator/aggregate.h"
 
-#include "common/checked.h"
-#include "common/fault.h"
-
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
-
-double coord_norm(const int64_t *values, size_t count, double unit) {
-    coord_uwide sum = 0;
-    for (size_t i = 0; i < count; i++)
-        sum += (coord_uwide)((coord_wide)values[i] * (coord_wide)values[i]);
-    return sqrt((double)sum) * unit;
-}
-
-fl_status coord_sum_init(coord_sum *s, size_t count, fl_err *err) {
-    *s = (coord_sum){0};
-    s->a = count == 0 || fl_fault() ? NULL : calloc(count, sizeof(*s->a));
-    if (s->a == NULL) return FL_FAIL(err, FL_ENOMEM, "no memory to add up %zu values", count);
-    s->count = count;
-    return FL_OK;
-}
-
-void coord_sum_done(coord_sum *s) {
-    free(s->a);
-    *s = (coord_sum){0};
-}
-
-void coord_sum_reset(coord_sum *s) {
-    memset(s->a, 0, s->count * sizeof(*s->a));
-    s->weight = 0;
-    s->squares = 0;
-    s->updates = 0;
-}
-
-fl_status coord_sum_fold(coord_sum *s, const int64_t *values, size_t count, uint64_t weight,
-                         uint32_t clip, fl_err *err) {
-    if (count != s->count)
-        return FL_FAIL(err, FL_EARG, "%zu values for a layer of %zu", count, s->count);
-    if (weight == 0 || weight > COORD_TOKENS_MAX * COORD_ONE)
-        return FL_FAIL(err, FL_EARG, "weight %llu is out of range", (unsigned long long)weight);
-    if (clip > COORD_ONE) return FL_FAIL(err, FL_EARG, "clip %u is above 1", clip);
-    if (s->updates >= COORD_FOLDS_MAX)
-        return FL_FAIL(err, FL_ELIMIT, "the sum already holds %u updates", s->updates);
-    for (size_t i = 0; i < count; i++) {
-        if (values[i] > COORD_VALUE_MAX || values[i] < -COORD_VALUE_MAX)
-            return FL_FAIL(err, FL_ELIMIT, "value %zu is too large", i);
-    }
-    const int64_t factor = (int64_t)(weight * clip); // <= 2^56
-    for (size_t i = 0; i < count; i++) s->a[i] += (coord_wide)factor * values[i];
-    s->weight += weight;
-    s->squares += (coord_uwide)weight * weight;
-    s->updates++;
-    return FL_OK;
-}
-
-fl_status coord_sum_merge(coord_sum *s, const coord_sum *other, fl_err *err) {
-    if (other->count != s->count)
-        return FL_FAIL(err, FL_EARG, "partial sums of %zu and %zu values", other->count, s->count);
-    if (other->updates > COORD_FOLDS_MAX - s->updates)
-        return FL_FAIL(err, FL_ELIMIT, "the sum would hold too many updates");
-    for (size_t i = 0; i < s->count; i++) s->a[i] += other->a[i];
-    s->weight += other->weight;
-    s->squares += other->squares;
-    s->updates += other->updates;
-    return FL_OK;
-}
-
-fl_status coord_sum_mean(const coord_sum *s, double unit, double kappa, double *mean, fl_err *err) {
-    if (s->updates == 0) return FL_FAIL(err, FL_ESTATE, "no update was folded");
-    const double weight = (double)s->weight;
-    const double effective = weight * weight / (double)s->squares; // in [1, updates]
-    const double lambda = effective / (effective + kappa);
-    const double scale = lambda * unit / 65536.0;
-    for (size_t i = 0; i < s->count; i++) mean[i] = (double)s->a[i] / weight * scale;
-    return FL_OK;
-}
 
 static const struct {
     const char *name;
