@@ -1,8 +1,45 @@
 #include "coordinator/aggregate.h"
 
+#include "coordinator/registry.h"
+
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
+
+static int largest_first(const void *a, const void *b) {
+    const uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
+    return (x < y) - (x > y);
+}
+
+// The largest c with c <= share * sum of min(weight, c): with k nodes at the cap and the others
+// together r, that is share * r / (1 - k * share).
+static uint64_t cap_of(const uint64_t *sorted, size_t nodes, uint64_t sum, uint32_t share) {
+    coord_uwide rest = sum;
+    if ((coord_uwide)share * nodes <= COORD_ONE) return sorted[nodes - 1];
+    for (size_t k = 0; k < nodes && k * share < COORD_ONE; k++) {
+        const coord_uwide cap = share * rest / (COORD_ONE - k * share);
+        if (cap >= sorted[k]) return (uint64_t)cap;
+        rest -= sorted[k];
+    }
+    return sorted[0];
+}
+
+void coord_share_cap(const uint64_t *weight, size_t nodes, uint32_t share, uint64_t *ret) {
+    uint64_t sorted[COORD_NODES_MAX], sum = 0;
+    FL_ASSERT(nodes <= COORD_NODES_MAX);
+    memcpy(ret, weight, nodes * sizeof(*ret));
+    if (nodes < COORD_SHARE_NODES) return;
+    memcpy(sorted, weight, nodes * sizeof(*sorted));
+    qsort(sorted, nodes, sizeof(*sorted), largest_first);
+    for (size_t i = 0; i < nodes; i++) sum += weight[i];
+    const uint64_t cap = cap_of(sorted, nodes, sum, share);
+    for (size_t i = 0; i < nodes; i++) ret[i] = weight[i] < cap ? weight[i] : cap;
+}
+
+uint64_t coord_share_of(uint64_t weight, uint64_t cap, uint64_t sum) {
+    const uint64_t part = (uint64_t)((coord_uwide)weight * cap / sum);
+    return part == 0 ? 1 : part;
+}
 
 static const struct {
     const char *name;

@@ -69,7 +69,19 @@ fl_status coord_sum_merge(coord_sum *s, const coord_sum *other, fl_err *err) FL_
 fl_status coord_sum_mean(const coord_sum *s, double unit, double kappa, double *mean,
                          fl_err *err) FL_NODISCARD;
 
-// The server's optimiser, per layer, lazily: a layer without updates is not stepped at all.
+// What nodes weigh in one layer when none may have more than share / 2^16 of their sum: ret[i] is
+// weight[i], or the largest cap for which that holds, in whole units. With fewer than
+// COORD_SHARE_NODES nodes nothing is capped; where there are too few for the share, all weigh the
+// same. Order does not matter. weights > 0, nodes <= COORD_NODES_MAX, 0 < share <= 2^16.
+enum { COORD_SHARE_NODES = 3 };
+void coord_share_cap(const uint64_t *weight, size_t nodes, uint32_t share, uint64_t *ret);
+// An update's part of its node's cap: weight * cap / sum, at least 1.
+uint64_t coord_share_of(uint64_t weight, uint64_t cap, uint64_t sum);
+
+// The server's optimiser, per layer, lazily: a layer without updates is not stepped at all. Its
+// moments stay as they are too, and do not decay for the rounds it missed: they are of its own
+// steps, and decaying v without gradients would make its next step larger, m without them smaller,
+// by an amount that only says how rarely it was assigned.
 //   fedavg    theta += rate d
 //   fedavgm   m = beta1 m + d;                theta += rate m
 //   fedadam   m = beta1 m + (1 - beta1) d;    v = beta2 v + (1 - beta2) d^2
