@@ -1,102 +1,44 @@
 #include "coordinator/aggregate.h"
 
-#include "common/checked.h"
-#include "common/fault.h"
+#include "coordinator/registry.h"
 
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
-// floor(sqrt(n)) by the digit method: no floating point, so nothing to round.
-static uint64_t isqrt(uint64_t n) {
-    uint64_t root = 0;
-    for (uint64_t bit = (uint64_t)1 << 31; bit != 0; bit >>= 1) {
-        const uint64_t trial = root | bit;
-        if (trial * trial <= n) root = trial;
+static int largest_first(const void *a, const void *b) {
+    const uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
+    return (x < y) - (x > y);
+}
+
+// The largest c with c <= share * sum of min(weight, c): with k nodes at the cap and the others
+// together r, that is share * r / (1 - k * share).
+static uint64_t cap_of(const uint64_t *sorted, size_t nodes, uint64_t sum, uint32_t share) {
+    coord_uwide rest = sum;
+    if ((coord_uwide)share * nodes <= COORD_ONE) return sorted[nodes - 1];
+    for (size_t k = 0; k < nodes && k * share < COORD_ONE; k++) {
+        const coord_uwide cap = share * rest / (COORD_ONE - k * share);
+        if (cap >= sorted[k]) return (uint64_t)cap;
+        rest -= sorted[k];
     }
-    return root;
+    return sorted[0];
 }
 
-uint32_t coord_staleness(uint64_t tau) {
-    if (tau >= (uint64_t)1 << 34) return 0;
-    // floor(2^17 / sqrt(n)) = isqrt(floor(2^34 / n)); half of it, rounded, is what we want.
-    const uint64_t doubled = isqrt(((uint64_t)1 << 34) / (1 + tau));
-    return (uint32_t)((doubled + 1) / 2);
+void coord_share_cap(const uint64_t *weight, size_t nodes, uint32_t share, uint64_t *ret) {
+    uint64_t sorted[COORD_NODES_MAX], sum = 0;
+    FL_ASSERT(nodes <= COORD_NODES_MAX);
+    memcpy(ret, weight, nodes * sizeof(*ret));
+    if (nodes < COORD_SHARE_NODES) return;
+    memcpy(sorted, weight, nodes * sizeof(*sorted));
+    qsort(sorted, nodes, sizeof(*sorted), largest_first);
+    for (size_t i = 0; i < nodes; i++) sum += weight[i];
+    const uint64_t cap = cap_of(sorted, nodes, sum, share);
+    for (size_t i = 0; i < nodes; i++) ret[i] = weight[i] < cap ? weight[i] : cap;
 }
 
-uint64_t coord_weight(uint64_t tokens, uint64_t tau) {
-    if (tokens > COORD_TOKENS_MAX) tokens = COORD_TOKENS_MAX;
-    return tokens * coord_staleness(tau);
-}
-
-double coord_norm(const int64_t *values, size_t count, double unit) {
-    coord_uwide sum = 0;
-    for (size_t i = 0; i < count; i++)
-        sum += (coord_uwide)((coord_wide)values[i] * (coord_wide)values[i]);
-    return sqrt((double)sum) * unit;
-}
-
-fl_status coord_sum_init(coord_sum *s, size_t count, fl_err *err) {
-    *s = (coord_sum){0};
-    s->a = count == 0 || fl_fault() ? NULL : calloc(count, sizeof(*s->a));
-    if (s->a == NULL) return FL_FAIL(err, FL_ENOMEM, "no memory to add up %zu values", count);
-    s->count = count;
-    return FL_OK;
-}
-
-void coord_sum_done(coord_sum *s) {
-    free(s->a);
-    *s = (coord_sum){0};
-}
-
-void coord_sum_reset(coord_sum *s) {
-    memset(s->a, 0, s->count * sizeof(*s->a));
-    s->weight = 0;
-    s->squares = 0;
-    s->updates = 0;
-}
-
-fl_status coord_sum_fold(coord_sum *s, const int64_t *values, size_t count, uint64_t weight,
-                         uint32_t clip, fl_err *err) {
-    if (count != s->count)
-        return FL_FAIL(err, FL_EARG, "%zu values for a layer of %zu", count, s->count);
-    if (weight == 0 || weight > COORD_TOKENS_MAX * COORD_ONE)
-        return FL_FAIL(err, FL_EARG, "weight %llu is out of range", (unsigned long long)weight);
-    if (clip > COORD_ONE) return FL_FAIL(err, FL_EARG, "clip %u is above 1", clip);
-    if (s->updates >= COORD_FOLDS_MAX)
-        return FL_FAIL(err, FL_ELIMIT, "the sum already holds %u updates", s->updates);
-    for (size_t i = 0; i < count; i++) {
-        if (values[i] > COORD_VALUE_MAX || values[i] < -COORD_VALUE_MAX)
-            return FL_FAIL(err, FL_ELIMIT, "value %zu is too large", i);
-    }
-    const int64_t factor = (int64_t)(weight * clip); // <= 2^56
-    for (size_t i = 0; i < count; i++) s->a[i] += (coord_wide)factor * values[i];
-    s->weight += weight;
-    s->squares += (coord_uwide)weight * weight;
-    s->updates++;
-    return FL_OK;
-}
-
-fl_status coord_sum_merge(coord_sum *s, const coord_sum *other, fl_err *err) {
-    if (other->count != s->count)
-        return FL_FAIL(err, FL_EARG, "partial sums of %zu and %zu values", other->count, s->count);
-    if (other->updates > COORD_FOLDS_MAX - s->updates)
-        return FL_FAIL(err, FL_ELIMIT, "the sum would hold too many updates");
-    for (size_t i = 0; i < s->count; i++) s->a[i] += other->a[i];
-    s->weight += other->weight;
-    s->squares += other->squares;
-    s->updates += other->updates;
-    return FL_OK;
-}
-
-fl_status coord_sum_mean(const coord_sum *s, double unit, double kappa, double *mean, fl_err *err) {
-    if (s->updates == 0) return FL_FAIL(err, FL_ESTATE, "no update was folded");
-    const double weight = (double)s->weight;
-    const double effective = weight * weight / (double)s->squares; // in [1, updates]
-    const double lambda = effective / (effective + kappa);
-    const double scale = lambda * unit / 65536.0;
-    for (size_t i = 0; i < s->count; i++) mean[i] = (double)s->a[i] / weight * scale;
-    return FL_OK;
+uint64_t coord_share_of(uint64_t weight, uint64_t cap, uint64_t sum) {
+    const uint64_t part = (uint64_t)((coord_uwide)weight * cap / sum);
+    return part == 0 ? 1 : part;
 }
 
 static const struct {

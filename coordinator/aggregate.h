@@ -10,33 +10,38 @@
 #define COORD_AGGREGATE_H
 
 #include "common/status.h"
+#include "coordinator/round_weight.h"
+#include "kernels/fold.h"
 
-#define COORD_VALUE_MAX  ((int64_t)1 << 40)
-#define COORD_TOKENS_MAX ((uint64_t)1 << 24) // an update counts for no more tokens than this
-#define COORD_ONE        (1u << 16)          // 1.0 as a weight's or a clip's fixed point
+#define COORD_VALUE_MAX ((int64_t)1 << 40)
+#define COORD_FLOAT_MAX 64.0f // in fixed point 2^38
 enum { COORD_FOLDS_MAX = 1 << 20 };
 
 __extension__ typedef __int128 coord_wide;
 __extension__ typedef unsigned __int128 coord_uwide;
 
-// round(2^16 / sqrt(1 + tau)), exactly: what an update tau layer versions behind still weighs.
-// Source: Nguyen et al., Federated Learning with Buffered Asynchronous Aggregation, section 5.
-uint32_t coord_staleness(uint64_t tau);
-
-// tokens (clipped to COORD_TOKENS_MAX) * staleness: the weight of one update.
-uint64_t coord_weight(uint64_t tokens, uint64_t tau);
-
 // sqrt(sum v^2) * unit. |v| <= COORD_VALUE_MAX, count <= 2^32; the sum is exact.
 double coord_norm(const int64_t *values, size_t count, double unit);
 
 // One layer's accumulator. A[i] += weight * clip * value[i]; W += weight; Q += weight^2.
+//
+// A lives in 64-bit lanes, in units of 2^shift (a fresh update's factor is its tokens times 2^32:
+// little is left of it), as long as a bound kept from the updates' largest values says that no lane
+// can overflow; before one could, the upper part of all lanes moves into a second word, which is
+// made then. A is the same number either way: 8 bytes a value, or 16.
 typedef struct coord_sum {
-    coord_wide *a; // [count], owned
+    int64_t *lane;    // [count], owned
+    int64_t *high;    // [count], owned, in units of 2^60 lanes; NULL: nothing has left the lanes
     size_t count;
+    uint32_t shift;
+    uint64_t bound;      // |lane[i]| <= bound <= COORD_LANE_MAX
     uint64_t weight;     // W
     coord_uwide squares; // Q
     uint32_t updates;
+    const fl_fold_variant *fold; // this machine's best; all give the same bits
 } coord_sum;
+
+#define COORD_LANE_MAX ((uint64_t)1 << 62)
 
 fl_status coord_sum_init(coord_sum *s, size_t count, fl_err *err) FL_NODISCARD; // FL_ENOMEM
 void coord_sum_done(coord_sum *s);                                              // empty is fine
@@ -46,6 +51,15 @@ void coord_sum_reset(coord_sum *s);
 // FL_ELIMIT: a value above COORD_VALUE_MAX, or the sum is full.
 fl_status coord_sum_fold(coord_sum *s, const int64_t *values, size_t count, uint64_t weight,
                          uint32_t clip, fl_err *err) FL_NODISCARD;
+// The same of floats: a value counts as round_half_even(value * 2^32). FL_ELIMIT: one is not finite
+// or above COORD_FLOAT_MAX. Larger layers pass through the cache once.
+fl_status coord_sum_fold_f32(coord_sum *s, const float *values, size_t count, uint64_t weight,
+                             uint32_t clip, fl_err *err) FL_NODISCARD;
+// An update that was folded with one weight counts with another, as if it had come with that.
+// FL_EARG: count differs, a weight is 0 or above its bound, or it cannot have been folded so.
+fl_status coord_sum_reweigh(coord_sum *s, const int64_t *values, size_t count, uint64_t old_weight,
+                            uint64_t new_weight, uint32_t clip, fl_err *err) FL_NODISCARD;
+coord_wide coord_sum_at(const coord_sum *s, size_t i); // A[i]
 // Adds another partial sum of the same layer. FL_EARG when counts differ.
 fl_status coord_sum_merge(coord_sum *s, const coord_sum *other, fl_err *err) FL_NODISCARD;
 
@@ -55,7 +69,19 @@ fl_status coord_sum_merge(coord_sum *s, const coord_sum *other, fl_err *err) FL_
 fl_status coord_sum_mean(const coord_sum *s, double unit, double kappa, double *mean,
                          fl_err *err) FL_NODISCARD;
 
-// The server's optimiser, per layer, lazily: a layer without updates is not stepped at all.
+// What nodes weigh in one layer when none may have more than share / 2^16 of their sum: ret[i] is
+// weight[i], or the largest cap for which that holds, in whole units. With fewer than
+// COORD_SHARE_NODES nodes nothing is capped; where there are too few for the share, all weigh the
+// same. Order does not matter. weights > 0, nodes <= COORD_NODES_MAX, 0 < share <= 2^16.
+enum { COORD_SHARE_NODES = 3 };
+void coord_share_cap(const uint64_t *weight, size_t nodes, uint32_t share, uint64_t *ret);
+// An update's part of its node's cap: weight * cap / sum, at least 1.
+uint64_t coord_share_of(uint64_t weight, uint64_t cap, uint64_t sum);
+
+// The server's optimiser, per layer, lazily: a layer without updates is not stepped at all. Its
+// moments stay as they are too, and do not decay for the rounds it missed: they are of its own
+// steps, and decaying v without gradients would make its next step larger, m without them smaller,
+// by an amount that only says how rarely it was assigned.
 //   fedavg    theta += rate d
 //   fedavgm   m = beta1 m + d;                theta += rate m
 //   fedadam   m = beta1 m + (1 - beta1) d;    v = beta2 v + (1 - beta2) d^2

@@ -189,6 +189,7 @@ fl_status coord_loop_flush(coord_loop *loop, uint64_t now_ms, fl_err *err) {
     int64_t changed = 0;
     FL_TRY(coord_loop_commit(loop, err)); // what was acknowledged does not wait for the flush
     memcpy(next, loop->layer, sizeof(next));
+    FL_TRY(coord_loop_cap_shares(loop, err));
     for (uint32_t l = 0; l < loop->layers; l++) {
         if (loop->sum[l].updates != 0) FL_TRY(step_layer(loop, &next[l], err));
     }

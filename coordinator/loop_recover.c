@@ -117,6 +117,12 @@ static fl_status restore_update(void *ctx, const coord_update_row *row, fl_err *
     return st;
 }
 
+static fl_status restore_cover(void *ctx, int64_t round, uint32_t layer, int64_t weight,
+                               fl_err *err) {
+    coord_loop *loop = ctx;
+    return coord_round_restore_cover(&loop->round, (uint64_t)round, layer, (uint64_t)weight, err);
+}
+
 static fl_status restore_norm(void *ctx, const coord_update_row *row, fl_err *err) {
     recovery *r = ctx;
     (void)err;
@@ -209,6 +215,8 @@ fl_status coord_loop_recover(coord_loop *loop, uint64_t now_ms, fl_err *err) {
     if (!fl_plant(BASES_NOT_RESTORED))
         FL_TRY(coord_store_each_last_update(loop->store, restore_last, loop, err));
     FL_TRY(coord_store_each_open_update(loop->store, restore_update, loop, err));
+    FL_TRY(coord_store_each_cover(loop->store, (int64_t)loop->round.round, COORD_COVER_ROUNDS,
+                                  restore_cover, loop, err));
     if (!fl_plant(TASK_NOT_RESTORED)) FL_TRY(restore_tasks(loop, err));
     for (uint32_t l = 0; l < loop->layers; l++) {
         recovery r = {.loop = loop, .now_ms = now_ms, .layer = l};

@@ -28,6 +28,7 @@ typedef struct coord_upload { // the one update that a node is sending
     fl_update_begin begin;
     uint8_t *data; // [begin.size], owned
     uint64_t received;
+    uint64_t began_ms;
 } coord_upload;
 
 typedef struct coord_session { // beside each member, same index
@@ -35,6 +36,7 @@ typedef struct coord_session { // beside each member, same index
     fl_link_peer peer;         // where it was heard last
     coord_upload upload;
     coord_quota hellos;
+    uint64_t link_bytes_s;        // of its newest upload; 0: not measured
     int64_t bytes_up, bytes_down; // not written to the store yet
     bool seen;
     fl_heartbeat heartbeat;
@@ -146,6 +148,10 @@ fl_status coord_loop_effect(coord_loop *loop, uint32_t node, const coord_effect 
 // Adds an opened update to its layer's sum, with the weight and clip of the ledger.
 fl_status coord_loop_fold(coord_loop *loop, const fl_update *update, uint64_t weight, uint32_t clip,
                           fl_err *err) FL_NODISCARD;
+
+// ---- loop_share.c
+// Weighs updates of the open buffer again where their node has too large a share of a layer.
+fl_status coord_loop_cap_shares(coord_loop *loop, fl_err *err) FL_NODISCARD;
 
 // ---- loop_flush.c
 // The open buffer becomes new layer versions, durably and once.

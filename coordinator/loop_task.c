@@ -102,6 +102,21 @@ static fl_status answer_finished(coord_loop *loop, uint32_t node, const fl_task_
     return answer_task(loop, node, q, &task, err);
 }
 
+// What is known of the node's speed, in tokens a 1000 s; 0: nothing.
+static uint64_t speed_of(const fl_task_request *q) {
+    const float speed = q->capability.tokens_per_second;
+    return speed > 0.0f && speed < 1e9f ? (uint64_t)((double)speed * 1000.0) : 0;
+}
+
+// What an update of the largest layer takes on the wire; 0: no layer's size is known yet.
+static uint64_t layer_bytes(const coord_loop *loop) {
+    int64_t most = 0;
+    for (uint32_t l = 0; l < loop->layers; l++)
+        most = loop->layer[l].count > most ? loop->layer[l].count : most;
+    return fl_update_size((uint32_t)most,
+                          loop->settings.encoding == 0 ? FL_UPDATE_INT16 : FL_UPDATE_INT8);
+}
+
 fl_status coord_loop_on_request(coord_loop *loop, uint32_t node, const fl_msg *msg, uint64_t now_ms,
                                 fl_err *err) {
     const fl_task_request *q = &msg->task_request;
@@ -109,7 +124,10 @@ fl_status coord_loop_on_request(coord_loop *loop, uint32_t node, const fl_msg *m
     const coord_event ev = {.kind = COORD_EV_REQUEST,
                             .now_ms = now_ms,
                             .node = node,
-                            .window_max = q->capability.window_max};
+                            .window_max = q->capability.window_max,
+                            .speed = speed_of(q),
+                            .link_bytes_s = loop->sessions[node].link_bytes_s};
+    loop->round.opts.layer_bytes = layer_bytes(loop);
     FL_TRY(coord_round_step(&loop->round, &ev, &fx, err));
     if (fx.task_ended) FL_TRY(coord_store_begin(loop->store, err));
     FL_TRY(coord_loop_effect(loop, node, &fx, err));
@@ -125,15 +143,16 @@ fl_status coord_loop_on_request(coord_loop *loop, uint32_t node, const fl_msg *m
                                     .last = slot->last};
         FL_TRY(coord_store_begin(loop->store, err));
         FL_TRY(coord_store_add_task(loop->store, &row, err));
-        FL_TRY(coord_loop_event(loop, "task.given", node, err, "task %llu: layers %u to %u",
-                                (unsigned long long)fx.task, slot->first, slot->last));
+        FL_TRY(coord_loop_event(loop, "task.given", node, err, "task %llu: layers %u to %u, %u steps",
+                                (unsigned long long)fx.task, slot->first, slot->last,
+                                slot->steps));
     }
     fl_task task = task_of(loop, slot->task);
     task.kind = FL_TASK_TRAIN;
     task.layer_first = slot->first;
     task.layer_last = slot->last;
-    task.exit_layer = slot->last;
-    task.steps = (uint32_t)loop->settings.steps;
+    task.exit_layer = loop->round.opts.exit_layers[slot->exit];
+    task.steps = slot->steps;
     return answer_task(loop, node, q, &task, err);
 }
 

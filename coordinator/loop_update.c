@@ -112,6 +112,7 @@ fl_status coord_loop_on_begin(coord_loop *loop, uint32_t node, const fl_msg *msg
         return coord_loop_answer(loop, node, &m, err);
     }
     u->active = true;
+    u->began_ms = now_ms;
     u->begin = *b;
     loop->uploads += b->size;
     return answer_want(loop, node, u, err);
@@ -220,6 +221,13 @@ static fl_status admit(coord_loop *loop, uint32_t node, const fl_update_begin *b
                             a->norm, a->clip < COORD_ONE ? ", clipped" : "");
 }
 
+// How fast the upload came. Clocks count milliseconds: a short one says little, and nothing then.
+static void note_link(coord_session *s, uint64_t now_ms) {
+    const coord_upload *u = &s->upload;
+    const uint64_t ms = now_ms > u->began_ms ? now_ms - u->began_ms : 0;
+    s->link_bytes_s = ms < 20 ? 0 : u->begin.size * 1000 / ms;
+}
+
 // The update is complete: every check, then the ledger, then the sum. Ends the upload.
 static fl_status conclude(coord_loop *loop, uint32_t node, uint64_t now_ms, fl_err *err) {
     coord_upload *u = &loop->sessions[node].upload;
@@ -232,7 +240,9 @@ static fl_status conclude(coord_loop *loop, uint32_t node, uint64_t now_ms, fl_e
                       .node = node,
                       .task = b.task_id,
                       .layer = b.key.layer,
-                      .base = b.key.base_version};
+                      .base = b.key.base_version,
+                      .tokens = b.tokens};
+    note_link(&loop->sessions[node], now_ms);
     FL_TRY(coord_store_begin(loop->store, err));
     fl_code code = open_payload(loop, node, u, &a.update, &a.payload, &why);
     if (code == FL_CODE_NONE) {
@@ -254,7 +264,7 @@ static fl_status conclude(coord_loop *loop, uint32_t node, uint64_t now_ms, fl_e
         (void)FL_FAIL(&why, FL_ESTATE, "%s", fl_code_text(code));
     }
     if (st == FL_OK && code == FL_CODE_NONE) {
-        a.weight = coord_weight(b.tokens, fx.staleness);
+        a.weight = fx.weight;
         st = admit(loop, node, &b, &a, err);
     }
     coord_loop_drop_upload(loop, node);

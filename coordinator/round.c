@@ -1,11 +1,13 @@
 #include "coordinator/round.h"
 
 #include "common/plant.h"
+#include "coordinator/round_assign.h"
 
 #include <string.h>
 
 size_t coord_round_size(const coord_round_opts *opts) {
-    return (size_t)opts->nodes_max * (sizeof(coord_slot) + opts->layers * sizeof(uint64_t)) + 128;
+    return (size_t)opts->nodes_max * (sizeof(coord_slot) + opts->layers * sizeof(uint64_t)) +
+           (size_t)COORD_COVER_ROUNDS * opts->layers * sizeof(uint64_t) + 192;
 }
 
 static fl_status check_opts(const coord_round_opts *o, fl_err *err) {
@@ -35,7 +37,8 @@ fl_status coord_round_init(coord_round *r, const coord_round_opts *opts, uint64_
     *r = (coord_round){.opts = *opts, .round = round, .opened_ms = now_ms, .next_task = 1};
     r->slots = FL_ARENA_NEW(arena, coord_slot, opts->nodes_max);
     r->last = FL_ARENA_NEW(arena, uint64_t, (size_t)opts->nodes_max * opts->layers);
-    if (r->slots == NULL || r->last == NULL)
+    r->cover = FL_ARENA_NEW(arena, uint64_t, (size_t)COORD_COVER_ROUNDS * opts->layers);
+    if (r->slots == NULL || r->last == NULL || r->cover == NULL)
         return FL_FAIL(err, FL_ENOMEM, "no memory for %u nodes", opts->nodes_max);
     if (opts->rounds != 0 && round > opts->rounds) r->phase = COORD_FINISHED;
     return FL_OK;
@@ -43,6 +46,10 @@ fl_status coord_round_init(coord_round *r, const coord_round_opts *opts, uint64_
 
 static uint64_t *last_of(const coord_round *r, uint32_t node, uint32_t layer) {
     return &r->last[(size_t)node * r->opts.layers + layer];
+}
+
+static uint64_t *cover_of(const coord_round *r, uint64_t round, uint32_t layer) {
+    return &r->cover[(size_t)(round % COORD_COVER_ROUNDS) * r->opts.layers + layer];
 }
 
 static bool bit(const uint8_t *bits, uint32_t i) {
@@ -64,11 +71,20 @@ fl_status coord_round_restore_update(coord_round *r, uint32_t layer, fl_err *err
     return FL_OK;
 }
 
+fl_status coord_round_restore_cover(coord_round *r, uint64_t round, uint32_t layer, uint64_t weight,
+                                    fl_err *err) {
+    if (layer >= r->opts.layers || round > r->round)
+        return FL_FAIL(err, FL_EFORMAT, "an update of layer %u in round %llu", layer,
+                       (unsigned long long)round);
+    if (r->round - round < COORD_COVER_ROUNDS) *cover_of(r, round, layer) += weight;
+    return FL_OK;
+}
+
 fl_status coord_round_restore_task(coord_round *r, uint32_t node, uint64_t task, uint32_t exit,
                                    uint32_t first, uint32_t last, bool open, uint64_t counted,
                                    fl_err *err) {
     if (node >= r->opts.nodes_max || exit >= r->opts.exits || first > last ||
-        last != r->opts.exit_layers[exit])
+        last > r->opts.exit_layers[exit])
         return FL_FAIL(err, FL_EFORMAT, "task %llu cannot be", (unsigned long long)task);
     coord_slot *s = &r->slots[node];
     if (counted == r->round && s->counted != counted) {
@@ -80,6 +96,8 @@ fl_status coord_round_restore_task(coord_round *r, uint32_t node, uint64_t task,
     s->exit = exit;
     s->first = first;
     s->last = last;
+    s->steps = 0;
+    s->given_ms = r->opened_ms;
     s->awaited = last - first + 1;
     s->admitted = 0;
     memset(s->answered, 0, sizeof(s->answered));
@@ -154,77 +172,48 @@ static fl_status on_leave(coord_round *r, const coord_event *ev, coord_effect *f
     return FL_OK;
 }
 
-typedef struct window {
-    uint32_t exit, first, last;
-} window;
-
-static bool window_of(const coord_round *r, uint32_t exit, uint32_t layers_max, window *ret) {
-    const uint32_t last = r->opts.exit_layers[exit];
-    const uint32_t below = exit == 0 ? 0 : r->opts.exit_layers[exit - 1] + 1;
-    uint32_t count = r->opts.window != 0 ? r->opts.window : last - below + 1;
-    if (count > layers_max) count = layers_max;
-    if (count > last + 1) count = last + 1;
-    *ret = (window){.exit = exit, .first = last + 1 - count, .last = last};
-    return count > 0;
+// The task it has, lost on the way or by the node: the same again.
+static void repeat_task(const coord_round *r, const coord_event *ev, coord_slot *s) {
+    s->given_ms = ev->now_ms;
+    if (s->steps == 0) s->steps = coord_assign_steps(&r->opts, ev->speed);
 }
 
-// May the node train all of it: it has sent nothing yet for these versions.
-static bool is_fresh(const coord_round *r, uint32_t node, const window *w) {
-    for (uint32_t l = w->first; l <= w->last; l++) {
-        if (*last_of(r, node, l) > r->version[l]) return false;
-    }
-    return true;
-}
-
-// Rounds since the window's layers changed, in all: what is owed to them.
-static uint64_t debt(const coord_round *r, const window *w) {
-    uint64_t sum = 0;
-    for (uint32_t l = w->first; l <= w->last; l++) sum += r->round - r->changed[l];
-    return sum / (w->last - w->first + 1);
-}
-
-// The exit that is furthest behind its share among those this node can take; ties go to the
-// window with the largest coverage debt.
-static bool choose(const coord_round *r, uint32_t node, uint32_t layers_max, window *ret) {
-    bool found = false;
-    double best = 0.0;
-    for (uint32_t e = 0; e < r->opts.exits; e++) {
-        window w;
-        if (r->opts.shares[e] == 0 || !window_of(r, e, layers_max, &w) || !is_fresh(r, node, &w))
-            continue;
-        const double behind = (double)(r->given[e] + 1) / r->opts.shares[e];
-        const bool wins = !found || behind < best || (behind <= best && debt(r, &w) > debt(r, ret));
-        if (!wins) continue;
-        found = true;
-        best = behind;
-        *ret = w;
-    }
-    return found;
+static void give_task(coord_round *r, const coord_event *ev, const coord_window *w) {
+    coord_slot *s = &r->slots[ev->node];
+    *s = (coord_slot){.member = true,
+                      .task = r->next_task++,
+                      .exit = w->exit,
+                      .first = w->first,
+                      .last = w->last,
+                      .steps = coord_assign_steps(&r->opts, ev->speed),
+                      .given_ms = ev->now_ms,
+                      .awaited = w->last - w->first + 1,
+                      .counted = s->counted};
+    r->given[w->exit]++;
 }
 
 static fl_status on_request(coord_round *r, const coord_event *ev, coord_effect *fx) {
     coord_slot *s = &r->slots[ev->node];
-    window w = {0}; // gcc 12 at -O3 does not see that choose fills it
+    const coord_ask ask = {.node = ev->node,
+                           .window_max = ev->window_max,
+                           .speed = ev->speed,
+                           .link_bytes_s = ev->link_bytes_s,
+                           .now_ms = ev->now_ms};
+    coord_window w = {0}; // gcc 12 at -O3 does not see that the assigner fills it
     if (!s->member) {
         fx->code = FL_CODE_PENDING;
-    } else if (s->task != 0 && ev->window_max > s->last - s->first) {
-        fx->task = s->task; // it was lost on the way, or the node lost it: the same again
+    } else if (s->task != 0 && ev->window_max > r->opts.exit_layers[s->exit] - s->first) {
+        fx->task = s->task;
+        repeat_task(r, ev, s);
     } else if (s->task != 0) {
         end_task(r, s, fx); // it cannot hold it: a smaller one at its next request
         fx->code = ev->window_max == 0 ? FL_CODE_TOO_SMALL : FL_CODE_NO_WORK;
     } else if (ev->window_max == 0) {
         fx->code = FL_CODE_TOO_SMALL;
-    } else if (!choose(r, ev->node, ev->window_max, &w)) {
+    } else if (!coord_assign_window(r, &ask, &w)) {
         fx->code = FL_CODE_NO_WORK;
     } else {
-        *s = (coord_slot){.member = true,
-                          .task = r->next_task++,
-                          .exit = w.exit,
-                          .first = w.first,
-                          .last = w.last,
-                          .awaited = w.last - w.first + 1,
-                          .counted = s->counted};
-        r->given[w.exit]++;
+        give_task(r, ev, &w);
         fx->task = s->task;
         fx->new_task = true;
     }
@@ -267,6 +256,8 @@ static fl_status on_update(coord_round *r, const coord_event *ev, coord_effect *
     if (fx->code != FL_CODE_NONE) return FL_OK;
     coord_slot *s = &r->slots[ev->node];
     *last_of(r, ev->node, ev->layer) = ev->base + 1;
+    fx->weight = coord_weight(ev->tokens, fx->staleness);
+    *cover_of(r, r->round, ev->layer) += fx->weight;
     r->touched[ev->layer] = true;
     r->updates++;
     answer(s, ev->layer, true);
@@ -295,6 +286,7 @@ static fl_status on_flushed(coord_round *r, const coord_event *ev, coord_effect 
         r->changed[l] = r->round;
     }
     r->round++;
+    for (uint32_t l = 0; l < r->opts.layers; l++) *cover_of(r, r->round, l) = 0;
     r->opened_ms = ev->now_ms;
     r->contributions = 0;
     r->updates = 0;

@@ -12,7 +12,10 @@
 
 #include "common/arena.h"
 #include "common/status.h"
+#include "coordinator/round_weight.h"
 #include "proto/codec.h"
+
+enum { COORD_COVER_ROUNDS = 16 }; // what a layer received is remembered for so many rounds
 
 typedef struct coord_round_opts {
     uint32_t nodes_max;
@@ -20,6 +23,10 @@ typedef struct coord_round_opts {
     uint32_t exit_layers[FL_EXITS_MAX]; // strictly ascending; an exit sits after this layer
     uint32_t shares[FL_EXITS_MAX];      // how often each exit is given out; 0: never
     uint32_t window;                    // most layers in a window; 0: up to the exit before
+    uint32_t steps;                     // most in a task; 0: 1
+    uint64_t step_tokens;               // tokens of one step; 0: 1
+    uint64_t task_deadline_ms;          // after which a task that is out is given up
+    uint64_t layer_bytes;               // an update of a layer on the wire; 0: not known yet
     uint32_t updates;                   // contributions that flush a round; 0: all active nodes
     uint32_t updates_min;               // contributions without which a round never flushes, >= 1
     uint64_t deadline_ms;               // after opening
@@ -33,7 +40,9 @@ typedef enum coord_phase { COORD_COLLECT, COORD_FLUSHING, COORD_FINISHED } coord
 typedef struct coord_slot { // what one node is doing
     bool member;            // active in the registry
     uint64_t task;          // 0: none
-    uint32_t exit, first, last;
+    uint32_t exit, first, last;          // last is the exit's layer, or below it
+    uint32_t steps;                      // of its task; 0: restored, asked for again
+    uint64_t given_ms;
     uint32_t awaited, admitted;          // layers not answered yet; layers that count
     uint8_t answered[FL_LAYERS_MAX / 8]; // by layer
     uint64_t counted;                    // newest round in which it counted
@@ -53,16 +62,17 @@ typedef struct coord_round {
     uint64_t changed[FL_LAYERS_MAX]; // round in which the layer last changed
     bool touched[FL_LAYERS_MAX];     // has updates in the open buffer
     coord_slot *slots;               // [nodes_max]
-    uint64_t *last; // [nodes_max][layers]: 1 + newest base admitted from the node; 0: none
+    uint64_t *last;  // [nodes_max][layers]: 1 + newest base admitted from the node; 0: none
+    uint64_t *cover; // [COORD_COVER_ROUNDS][layers]: weight admitted in the round; row round mod
 } coord_round;
 
 typedef enum coord_event_kind {
     COORD_EV_TICK,    // time passes
     COORD_EV_JOIN,    // node became active
     COORD_EV_LEAVE,   // node was revoked: its task is over, what it sent before stays
-    COORD_EV_REQUEST, // node asks for a task: window_max
+    COORD_EV_REQUEST, // node asks for a task: window_max, speed, link_bytes_s
     COORD_EV_OFFER,   // node wants to send an update: task, layer, base. Nothing changes.
-    COORD_EV_UPDATE,  // its update passed every other check: task, layer, base
+    COORD_EV_UPDATE,  // its update passed every other check: task, layer, base, tokens
     COORD_EV_REFUSED, // its update did not: task, layer
     COORD_EV_FLUSHED, // the flush that was asked for is durable
     COORD_EV_COUNT
@@ -72,10 +82,12 @@ typedef struct coord_event {
     coord_event_kind kind;
     uint64_t now_ms;
     uint32_t node; // index in the registry
-    uint32_t window_max;
+    uint32_t window_max;   // layers down from an exit that it can train
+    uint64_t speed;        // tokens it tunes in 1000 s; 0: not measured
+    uint64_t link_bytes_s; // 0: not measured
     uint64_t task;
     uint32_t layer;
-    uint64_t base;
+    uint64_t base, tokens;
 } coord_event;
 
 typedef enum coord_flush { COORD_FLUSH_NO, COORD_FLUSH_FULL, COORD_FLUSH_DEADLINE } coord_flush;
@@ -86,7 +98,8 @@ typedef struct coord_effect {
     uint64_t task; // REQUEST: the slot has the window. UPDATE, REFUSED, LEAVE: the task that ended
     bool task_ended;    // make it durable, with `counted`
     uint64_t counted;   // round in which that task counted; 0: none
-    uint64_t staleness; // UPDATE, OFFER
+    uint64_t staleness;    // UPDATE, OFFER
+    uint64_t weight;       // UPDATE: coord_weight of its tokens
     coord_flush flush;  // aggregate the open buffer now, then send COORD_EV_FLUSHED
 } coord_effect;
 
@@ -97,14 +110,18 @@ fl_status coord_round_init(coord_round *r, const coord_round_opts *opts, uint64_
 // Bytes of the arena that init needs.
 size_t coord_round_size(const coord_round_opts *opts);
 
-// Recovery, in this order: newest base of each (node, layer); updates of the open buffer; tasks
-// with their answered layers. Indexes out of range are FL_EFORMAT: the state is damaged.
+// Recovery, in this order: newest base of each (node, layer); updates of the open buffer; what
+// layers received; tasks with their answered layers. Indexes out of range are FL_EFORMAT: the state
+// is damaged.
 fl_status coord_round_restore_last(coord_round *r, uint32_t node, uint32_t layer, uint64_t base,
                                    fl_err *err) FL_NODISCARD;
 fl_status coord_round_restore_update(coord_round *r, uint32_t layer, fl_err *err) FL_NODISCARD;
 fl_status coord_round_restore_task(coord_round *r, uint32_t node, uint64_t task, uint32_t exit,
                                    uint32_t first, uint32_t last, bool open, uint64_t counted,
                                    fl_err *err) FL_NODISCARD;
+// Weight that a layer received in a round; rounds too old to matter are ignored.
+fl_status coord_round_restore_cover(coord_round *r, uint64_t round, uint32_t layer, uint64_t weight,
+                                    fl_err *err) FL_NODISCARD;
 fl_status coord_round_restore_answer(coord_round *r, uint32_t node, uint64_t task, uint32_t layer,
                                      fl_err *err) FL_NODISCARD;
 

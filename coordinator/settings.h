@@ -71,6 +71,8 @@ typedef char coord_text[FL_SETTING_TEXT_MAX];
     X(tau, double, "server", "tau", NUMBER, "", 1e-9, 1, "0.001", "floor of adaptive steps", NULL) \
     X(shrink, double, "server", "shrink", NUMBER, "", 0, 1000, "0",                                \
       "n updates count n / (n + shrink): damps layers that few nodes sent", NULL)                  \
+    X(share_cap, double, "server", "share-cap", NUMBER, "", 0.01, 1, "0.5",                        \
+      "no node weighs more than this share of a layer that three or more sent; 1: no cap", NULL)   \
     X(clip, double, "server", "clip-factor", NUMBER, "", 1, 1e9, "4",                              \
       "an update's norm is cut to this times the median", NULL)                                    \
     X(refuse, double, "server", "refuse-factor", NUMBER, "", 1, 1e9, "20",                         \

@@ -264,6 +264,11 @@ fl_status coord_store_each_recent_update(coord_store *s, uint32_t layer, int64_t
 // For each node and layer the update with the newest base.
 fl_status coord_store_each_last_update(coord_store *s, coord_update_fn fn, void *ctx,
                                        fl_err *err) FL_NODISCARD;
+// Weight that each layer received in the newest `rounds` rounds up to the open one, in any order.
+typedef fl_status (*coord_cover_fn)(void *ctx, int64_t round, uint32_t layer, int64_t weight,
+                                    fl_err *err);
+fl_status coord_store_each_cover(coord_store *s, int64_t open_round, int64_t rounds,
+                                 coord_cover_fn fn, void *ctx, fl_err *err) FL_NODISCARD;
 fl_status coord_store_spooled_bytes(coord_store *s, int64_t *ret, fl_err *err) FL_NODISCARD;
 // Marks the whole open buffer as folded in `round`; its spooled bytes are given up.
 fl_status coord_store_fold_updates(coord_store *s, int64_t round, fl_err *err) FL_NODISCARD;

@@ -324,6 +324,24 @@ fl_status coord_store_each_last_update(coord_store *s, coord_update_fn fn, void 
     return each_update(s, stmt, fn, ctx, err);
 }
 
+fl_status coord_store_each_cover(coord_store *s, int64_t open_round, int64_t rounds,
+                                 coord_cover_fn fn, void *ctx, fl_err *err) {
+    sqlite3_stmt *stmt = NULL;
+    bool more = true;
+    FL_TRY(coord_sql(s, &stmt, err,
+                     "SELECT iif(round = 0, ?1, round), layer, sum(weight) FROM updates"
+                     " WHERE round = 0 OR round > ?1 - ?2 GROUP BY round, layer",
+                     "ii", open_round, rounds));
+    fl_status st = coord_sql_step(s, stmt, &more, err);
+    while (st == FL_OK && more) {
+        st = fn(ctx, coord_col_i(stmt, 0), (uint32_t)coord_col_i(stmt, 1), coord_col_i(stmt, 2),
+                err);
+        if (st == FL_OK) st = coord_sql_step(s, stmt, &more, err);
+    }
+    coord_sql_end(stmt);
+    return st;
+}
+
 fl_status coord_store_spooled_bytes(coord_store *s, int64_t *ret, fl_err *err) {
     return coord_sql_integer(s, ret, err,
                              "SELECT coalesce(sum(size), 0) FROM updates WHERE round = 0", "");

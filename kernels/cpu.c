@@ -21,7 +21,8 @@ uint32_t fl_cpu_detect(void) {
     if (__builtin_cpu_supports("avx") && __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C))
         cpu |= FL_CPU_F16C;
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"))
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vnni"))
         cpu |= FL_CPU_AVX512_VNNI;
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bf16"))
         cpu |= FL_CPU_AVX512_BF16;

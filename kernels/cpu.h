@@ -9,7 +9,7 @@ enum {
     FL_CPU_AVX2 = 1u << 0,
     FL_CPU_FMA = 1u << 1,
     FL_CPU_F16C = 1u << 2,
-    FL_CPU_AVX512_VNNI = 1u << 3, // with AVX-512 F, BW and VL
+    FL_CPU_AVX512_VNNI = 1u << 3, // with AVX-512 F, BW, DQ and VL
     FL_CPU_NEON = 1u << 4,
     FL_CPU_DOTPROD = 1u << 5, // SDOT/UDOT of ARMv8.2
     FL_CPU_AVX512_BF16 = 1u << 6,

@@ -262,7 +262,8 @@ static node_tune_opts tune_opts(node_worker *w) {
     const fl_task *t = &w->task;
     node_tune_opts o = node_tune_defaults();
     o.window.kind = NODE_WINDOW_FIXED;
-    o.window.size = t->layer_last - t->layer_first + 1;
+    o.window.size = t->exit_layer - t->layer_first + 1;
+    o.window.still = t->exit_layer - t->layer_last;
     for (uint32_t e = 0; e < t->exit_count; e++) {
         if (t->exit_layers[e] == t->exit_layer) o.window.exit = e;
     }

@@ -103,7 +103,11 @@ static void add_row(sim *s, const coord_update_row *row, sim_made *m) {
         t->rows = realloc(t->rows, t->rows_room * sizeof(*t->rows));
         FL_ASSERT(t->rows != NULL);
     }
-    t->rows[t->rows_count++] = (sim_row){(uint32_t)(row->node - 1), (uint64_t)row->sequence};
+    t->rows[t->rows_count++] = (sim_row){.node = (uint32_t)(row->node - 1),
+                                          .layer = row->layer,
+                                          .clip = row->clip,
+                                          .weight = (uint64_t)row->weight,
+                                          .sequence = (uint64_t)row->sequence};
     m->row = row->id;
     add_norm(layer, row->norm);
     const uint64_t weight = (uint64_t)row->weight;
@@ -117,7 +121,53 @@ static void add_row(sim *s, const coord_update_row *row, sim_made *m) {
 
 // ---- a round that was sealed
 
+// The largest weight that no node has more than its share of the layer with: found by halving.
+static uint64_t cap_of(const sim *s, const uint64_t *sent) {
+    const uint64_t share = (uint64_t)floor(s->host.settings.share_cap * 65536.0);
+    uint64_t low = 0, high = 0, nodes = 0;
+    for (uint32_t n = 0; n < s->opts.nodes; n++) {
+        high = sent[n] > high ? sent[n] : high;
+        nodes += sent[n] != 0;
+    }
+    if (nodes < 3 || share >= 65536) return high;
+    while (low < high) {
+        const uint64_t cap = high - (high - low) / 2;
+        coord_uwide all = 0;
+        for (uint32_t n = 0; n < s->opts.nodes; n++) all += sent[n] < cap ? sent[n] : cap;
+        if ((coord_uwide)cap * 65536 <= all * share)
+            low = cap;
+        else
+            high = cap - 1;
+    }
+    return low;
+}
+
+// Updates of nodes above their share of the layer count for less.
+static void cap_shares(sim *s, uint32_t l) {
+    sim_layer *t = &s->truth.layer[l];
+    uint64_t *sent = calloc(s->opts.nodes, sizeof(*sent));
+    FL_ASSERT(sent != NULL);
+    for (size_t i = (size_t)s->truth.open_first - 1; i < s->truth.rows_count; i++) {
+        const sim_row *r = &s->truth.rows[i];
+        if (r->layer == l) sent[r->node] += r->weight;
+    }
+    const uint64_t cap = cap_of(s, sent);
+    for (size_t i = (size_t)s->truth.open_first - 1; i < s->truth.rows_count; i++) {
+        const sim_row *r = &s->truth.rows[i];
+        if (r->layer != l || sent[r->node] <= cap) continue;
+        uint64_t less = (uint64_t)((coord_uwide)r->weight * cap / sent[r->node]);
+        less += less == 0;
+        const sim_made *m = sim_made_of(&s->nodes[r->node], r->sequence);
+        for (uint32_t k = 0; k < m->count; k++)
+            t->sum[k] -= (coord_wide)(r->weight - less) * r->clip * m->values[k];
+        t->weight -= r->weight - less;
+        t->squares -= (coord_uwide)r->weight * r->weight - (coord_uwide)less * less;
+    }
+    free(sent);
+}
+
 static void step_layer(sim *s, uint32_t l) {
+    cap_shares(s, l);
     sim_layer *t = &s->truth.layer[l];
     const coord_settings *c = &s->host.settings;
     const coord_opt opt = {.kind = (coord_opt_kind)c->optimiser,
@@ -239,7 +289,8 @@ static void check_memory(sim *s) {
             sim_fail(s, "layer %u has other bytes than its version", l);
         bool same = (int64_t)sum->updates == t->updates && sum->weight == t->weight;
         if (t->updates > 0)
-            same = same && memcmp(sum->a, t->sum, t->count * sizeof(sum->a[0])) == 0;
+            for (uint32_t i = 0; same && i < t->count; i++)
+                same = coord_sum_at(sum, i) == t->sum[i];
         if (!holds(s, same)) sim_fail(s, "the open sum of layer %u is not that of its updates", l);
     }
 }

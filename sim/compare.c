@@ -25,9 +25,9 @@ static const char *differ_in_layers(const coord_loop *a, const coord_loop *b) {
         }
         if (a->sum[l].updates != b->sum[l].updates || a->sum[l].weight != b->sum[l].weight)
             return "the weight of an open sum";
-        if (a->sum[l].updates > 0 &&
-            memcmp(a->sum[l].a, b->sum[l].a, a->sum[l].count * sizeof(a->sum[l].a[0])) != 0)
-            return "an open sum";
+        for (size_t i = 0; a->sum[l].updates > 0 && i < a->sum[l].count; i++) {
+            if (coord_sum_at(&a->sum[l], i) != coord_sum_at(&b->sum[l], i)) return "an open sum";
+        }
     }
     return NULL;
 }
@@ -54,6 +54,8 @@ static const char *differ_in_round(const coord_round *a, const coord_round *b) {
     if (memcmp(a->given, b->given, sizeof(a->given)) != 0) return "the tasks given out";
     if (memcmp(a->version, b->version, sizeof(a->version)) != 0) return "the versions";
     if (memcmp(a->changed, b->changed, sizeof(a->changed)) != 0) return "when layers changed";
+    const size_t cover = (size_t)COORD_COVER_ROUNDS * a->opts.layers * sizeof(a->cover[0]);
+    if (memcmp(a->cover, b->cover, cover) != 0) return "what layers received";
     if (memcmp(a->touched, b->touched, sizeof(a->touched)) != 0) return "the touched layers";
     for (uint32_t n = 0; n < a->opts.nodes_max; n++) {
         if (a->slots[n].member != b->slots[n].member) return "a membership";

@@ -165,8 +165,8 @@ void sim_host_owner(struct sim *s);
 // ---- invariants (check.c)
 
 typedef struct sim_row { // what the checker saw in the ledger
-    uint32_t node;
-    uint64_t sequence;
+    uint32_t node, layer, clip;
+    uint64_t weight, sequence;
 } sim_row;
 
 typedef struct sim_layer {

@@ -8,6 +8,7 @@
 #include "tests/check.h"
 
 enum { COUNT = 97, UPDATES = 23 };
+#define SUMS_DIGEST 0x463a59c914eadce6u
 
 typedef struct update {
     int64_t values[COUNT];
@@ -112,7 +113,9 @@ static void test_the_largest_sum_fits(void) {
     T_OK(coord_sum_init(&t, 1, &err), err);
     T_OK(coord_sum_fold(&s, &value, 1, COORD_TOKENS_MAX * COORD_ONE, COORD_ONE, &err), err);
     for (int doubling = 0; doubling < 20; doubling++) {
-        t.a[0] = s.a[0], t.weight = s.weight, t.squares = s.squares, t.updates = s.updates;
+        coord_sum_done(&t);
+        T_OK(coord_sum_init(&t, 1, &err), err);
+        T_OK(coord_sum_merge(&t, &s, &err), err);
         T_OK(coord_sum_merge(&s, &t, &err), err);
     }
     T_EQ(s.updates, COORD_FOLDS_MAX);
@@ -140,8 +143,212 @@ static void test_refused_folds_change_nothing(void) {
     values[1] = INT64_MIN;
     T_EQ(coord_sum_fold(&s, values, 2, 1, COORD_ONE, &err), FL_ELIMIT);
     T_EQ(s.updates, 0);
-    T_CHECK(s.a[0] == 0 && s.weight == 0, "nothing was added");
+    T_CHECK(coord_sum_at(&s, 0) == 0 && s.weight == 0, "nothing was added");
     coord_sum_done(&s);
+}
+
+// ---- every way to a sum gives the same bits
+
+typedef struct sample {
+    float *floats; // the same values as integers
+    int64_t *values;
+    uint64_t weight;
+    uint32_t clip;
+} sample;
+
+enum { SAMPLES = 40, VALUES = 9001 }; // no multiple of a vector
+
+static sample samples[SAMPLES];
+
+// Magnitudes from 2^-40 to 2^6, so that every path is taken; a few weights that no lane can hold.
+static void make_samples(void) {
+    for (size_t k = 0; k < SAMPLES; k++) {
+        sample *s = &samples[k];
+        if (s->floats == NULL) s->floats = malloc(VALUES * sizeof(*s->floats));
+        if (s->values == NULL) s->values = malloc(VALUES * sizeof(*s->values));
+        T_NEED(s->floats != NULL && s->values != NULL, "memory");
+        const int scale = (int)(t_rand() % 46) - 40;
+        for (size_t i = 0; i < VALUES; i++) {
+            s->floats[i] = i == k ? 64.0f : ldexpf(t_randf(), scale + (int)(t_rand() % 3));
+            if (fabsf(s->floats[i]) > 64.0f) s->floats[i] = -64.0f;
+            s->values[i] = (int64_t)rint((double)s->floats[i] * 0x1p32);
+        }
+        const uint64_t tokens = t_rand() % 4 == 0 ? COORD_TOKENS_MAX : 1 + t_rand() % 5000;
+        s->weight = coord_weight(tokens, t_rand() % 3 == 0 ? t_rand() % 9 : 0);
+        s->clip = t_rand() % 4 == 0 ? (uint32_t)(t_rand() % COORD_ONE) : COORD_ONE;
+    }
+}
+
+static coord_wide exact(size_t i) {
+    coord_wide sum = 0;
+    for (size_t k = 0; k < SAMPLES; k++)
+        sum += (coord_wide)samples[k].values[i] * (coord_wide)samples[k].weight * samples[k].clip;
+    return sum;
+}
+
+static void check_exact(const coord_sum *s, const char *what) {
+    size_t wrong = 0;
+    for (size_t i = 0; i < VALUES; i++) wrong += coord_sum_at(s, i) != exact(i);
+    T_CHECK(wrong == 0, "%s: %zu values of %d differ", what, wrong, VALUES);
+    T_EQ(s->updates, SAMPLES);
+}
+
+// By the path that its number chooses: integers or floats, by any variant.
+static void fold_sample(coord_sum *s, size_t k, uint64_t how) {
+    const uint32_t cpu = fl_cpu_detect();
+    size_t variants = 0;
+    fl_err err;
+    while (fl_fold_variants[variants].tag != NULL) variants++;
+    const fl_fold_variant *v = &fl_fold_variants[how % variants];
+    if ((v->need & cpu) == v->need) s->fold = v;
+    const sample *u = &samples[k];
+    T_OK(how / variants % 2 == 0
+             ? coord_sum_fold(s, u->values, VALUES, u->weight, u->clip, &err)
+             : coord_sum_fold_f32(s, u->floats, VALUES, u->weight, u->clip, &err),
+         err);
+}
+
+// A random tree: leaves take the samples in a random order, then two random sums become one until
+// one is left.
+static void test_any_tree_gives_the_same_bits(void) {
+    enum { PARTS = 7 };
+    fl_err err;
+    for (int trial = 0; trial < 12; trial++) {
+        size_t order[SAMPLES], parts = 1 + t_rand() % PARTS;
+        coord_sum part[PARTS];
+        make_samples();
+        shuffle(order, SAMPLES);
+        for (size_t p = 0; p < parts; p++) T_OK(coord_sum_init(&part[p], VALUES, &err), err);
+        for (size_t k = 0; k < SAMPLES; k++)
+            fold_sample(&part[t_rand() % parts], order[k], t_rand());
+        while (parts > 1) {
+            const size_t a = t_rand() % parts, b = (a + 1 + t_rand() % (parts - 1)) % parts;
+            T_OK(coord_sum_merge(&part[a], &part[b], &err), err);
+            coord_sum_done(&part[b]);
+            part[b] = part[--parts];
+            if (a == parts) continue; // it moved to b
+        }
+        check_exact(&part[0], "tree");
+        coord_sum_done(&part[0]);
+    }
+}
+
+// The digest of a fixed set of updates: printed, and the same on every kind of processor.
+static void test_the_digest_is_that_of_every_machine(void) {
+    enum { GOLDEN_ORDERS = 3 };
+    fl_err err;
+    t_seed = 20240229; // whatever --seed says
+    make_samples();
+    for (int turn = 0; turn < GOLDEN_ORDERS; turn++) {
+        coord_sum s;
+        size_t order[SAMPLES];
+        double *mean = malloc(VALUES * sizeof(*mean));
+        T_NEED(mean != NULL, "memory");
+        T_OK(coord_sum_init(&s, VALUES, &err), err);
+        shuffle(order, SAMPLES);
+        for (size_t k = 0; k < SAMPLES; k++) fold_sample(&s, order[k], t_rand());
+        T_OK(coord_sum_mean(&s, 0x1p-32, 1.0, mean, &err), err);
+        uint64_t digest = 0xcbf29ce484222325u; // FNV-1a over the words of sums and means
+        for (size_t i = 0; i < VALUES; i++) {
+            const coord_uwide a = (coord_uwide)coord_sum_at(&s, i);
+            uint64_t words[3] = {(uint64_t)a, (uint64_t)(a >> 64), 0};
+            memcpy(&words[2], &mean[i], sizeof(mean[i]));
+            for (int w = 0; w < 3; w++) digest = (digest ^ words[w]) * 0x100000001b3u;
+        }
+        if (turn == 0) printf("digest of sums and means: %016llx\n", (unsigned long long)digest);
+        T_CHECK(digest == SUMS_DIGEST, "%016llx", (unsigned long long)digest);
+        coord_sum_done(&s);
+        free(mean);
+    }
+}
+
+static void test_bad_floats_leave_no_trace(void) {
+    static const float bad[] = {NAN, INFINITY, -INFINITY, 64.00001f, -1e30f};
+    coord_sum s;
+    fl_err err;
+    make_samples();
+    T_OK(coord_sum_init(&s, VALUES, &err), err);
+    for (size_t k = 0; k < SAMPLES; k++) {
+        const size_t at = t_rand() % VALUES;
+        const float kept = samples[k].floats[at];
+        samples[k].floats[at] = bad[k % FL_COUNT(bad)];
+        T_EQ(coord_sum_fold_f32(&s, samples[k].floats, VALUES, samples[k].weight, samples[k].clip,
+                                &err),
+             FL_ELIMIT);
+        samples[k].floats[at] = kept;
+        T_EQ(s.updates, k);
+        fold_sample(&s, k, t_rand());
+    }
+    check_exact(&s, "after refusals");
+    coord_sum_done(&s);
+}
+
+// Layers of more than one block: what was folded before the bad value is taken back.
+static void test_large_updates_are_all_or_nothing(void) {
+    enum { LARGE = 150001 };
+    float *values = malloc(LARGE * sizeof(*values));
+    coord_sum s;
+    fl_err err;
+    T_NEED(values != NULL, "memory");
+    for (size_t i = 0; i < LARGE; i++) values[i] = 8.0f * t_randf();
+    T_OK(coord_sum_init(&s, LARGE, &err), err);
+    for (size_t k = 0; k < 6; k++) {
+        const size_t at = k == 0 ? LARGE - 1 : t_rand() % LARGE;
+        const float kept = values[at];
+        values[at] = k % 2 == 0 ? NAN : -64.5f;
+        T_EQ(coord_sum_fold_f32(&s, values, LARGE, coord_weight(777, k), COORD_ONE, &err),
+             FL_ELIMIT);
+        values[at] = kept;
+    }
+    size_t wrong = 0;
+    for (size_t i = 0; i < LARGE; i++) wrong += coord_sum_at(&s, i) != 0;
+    T_EQ(wrong, 0);
+    T_OK(coord_sum_fold_f32(&s, values, LARGE, coord_weight(777, 0), COORD_ONE, &err), err);
+    for (size_t i = 0; i < LARGE; i++) {
+        const int64_t fixed = (int64_t)rint((double)values[i] * 0x1p32);
+        wrong += coord_sum_at(&s, i) != (coord_wide)fixed * 777 * ((coord_wide)1 << 32);
+    }
+    T_EQ(wrong, 0);
+    coord_sum_done(&s);
+    free(values);
+}
+
+// The memory claim: updates as they come in a fleet need 8 bytes a value.
+static void test_usual_updates_stay_in_lanes(void) {
+    coord_sum s;
+    fl_err err;
+    make_samples();
+    T_OK(coord_sum_init(&s, VALUES, &err), err);
+    for (size_t i = 0; i < VALUES; i++) samples[0].floats[i] = 0.03f * t_randf();
+    for (uint64_t k = 0; k < 2000; k++) { // the last hundred not all fresh: finer units
+        const uint64_t weight = coord_weight(4096, k >= 1900 ? k % 3 : 0);
+        if (k == 1900) coord_sum_reset(&s);
+        T_OK(coord_sum_fold_f32(&s, samples[0].floats, VALUES, weight, COORD_ONE, &err), err);
+    }
+    T_CHECK(s.high == NULL, "updates of 4096 tokens needed 128 bits");
+    coord_sum_done(&s);
+}
+
+static void test_weighing_again_is_as_if_it_came_so(void) {
+    coord_sum s, want;
+    fl_err err;
+    make_samples();
+    T_OK(coord_sum_init(&s, VALUES, &err), err);
+    T_OK(coord_sum_init(&want, VALUES, &err), err);
+    for (size_t k = 0; k < SAMPLES; k++) fold_sample(&s, k, t_rand());
+    for (size_t k = 0; k < SAMPLES; k += 3) {
+        const uint64_t less = 1 + samples[k].weight / 3;
+        T_OK(coord_sum_reweigh(&s, samples[k].values, VALUES, samples[k].weight, less,
+                               samples[k].clip, &err),
+             err);
+        samples[k].weight = less;
+    }
+    for (size_t k = 0; k < SAMPLES; k++) fold_sample(&want, k, t_rand());
+    check_exact(&s, "weighed again");
+    T_CHECK(s.weight == want.weight && s.squares == want.squares, "weights");
+    T_EQ(coord_sum_reweigh(&s, samples[0].values, VALUES, 1, 0, COORD_ONE, &err), FL_EARG);
+    coord_sum_done(&s);
+    coord_sum_done(&want);
 }
 
 // Golden numbers: (beta .9/.99, rate .1, tau 1e-3), theta (1,-1), deltas (.10,-.20), (.05,.40).
@@ -293,6 +500,12 @@ T_MAIN({"staleness_is_the_rounded_root", test_staleness_is_the_rounded_root},
        {"one_update_is_its_own_mean", test_one_update_is_its_own_mean},
        {"the_largest_sum_fits", test_the_largest_sum_fits},
        {"refused_folds_change_nothing", test_refused_folds_change_nothing},
+       {"any_tree_gives_the_same_bits", test_any_tree_gives_the_same_bits},
+       {"the_digest_is_that_of_every_machine", test_the_digest_is_that_of_every_machine},
+       {"bad_floats_leave_no_trace", test_bad_floats_leave_no_trace},
+       {"large_updates_are_all_or_nothing", test_large_updates_are_all_or_nothing},
+       {"usual_updates_stay_in_lanes", test_usual_updates_stay_in_lanes},
+       {"weighing_again_is_as_if_it_came_so", test_weighing_again_is_as_if_it_came_so},
        {"optimisers_golden", test_optimisers_golden},
        {"optimiser_refuses_what_is_not_finite", test_optimiser_refuses_what_is_not_finite},
        {"gate_clips_and_refuses", test_gate_clips_and_refuses},

@@ -7,7 +7,7 @@
 
 enum { NODES = 5, LAYERS = 12, EXITS = 3, RECORDS = 20000 };
 
-static _Alignas(64) uint8_t block[65536], block2[65536];
+static _Alignas(64) uint8_t block[1 << 16], block2[1 << 16];
 
 static coord_round_opts opts_of(void) {
     return (coord_round_opts){.nodes_max = NODES,
@@ -281,7 +281,7 @@ static void test_the_run_ends(void) {
 
 typedef struct record {
     uint32_t node, layer;
-    uint64_t base, task, round; // round: 0 while in the open buffer
+    uint64_t base, task, weight, round; // round: 0 while in the open buffer
 } record;
 typedef struct task_record {
     uint32_t node, exit, first, last;
@@ -314,6 +314,9 @@ static void check_restart(const coord_round *r, uint64_t now_ms) {
         const record *c = &records[i];
         T_OK(coord_round_restore_last(&again, c->node, c->layer, c->base, &err), err);
         if (c->round == 0) T_OK(coord_round_restore_update(&again, c->layer, &err), err);
+        T_OK(coord_round_restore_cover(&again, c->round == 0 ? r->round : c->round, c->layer,
+                                       c->weight, &err),
+             err);
     }
     for (size_t i = 0; i < task_count; i++) {
         const task_record *t = &tasks[i];
@@ -333,6 +336,8 @@ static void check_restart(const coord_round *r, uint64_t now_ms) {
     T_EQ(again.next_task, r->next_task);
     T_CHECK(memcmp(again.touched, r->touched, sizeof(r->touched)) == 0, "touched");
     T_CHECK(memcmp(again.version, r->version, sizeof(r->version)) == 0, "versions");
+    T_CHECK(memcmp(again.cover, r->cover, sizeof(uint64_t) * COORD_COVER_ROUNDS * LAYERS) == 0,
+            "what layers received");
     T_CHECK(memcmp(again.last, r->last, sizeof(uint64_t) * NODES * LAYERS) == 0, "last");
     for (uint32_t n = 0; n < NODES; n++) {
         const coord_slot *a = &again.slots[n], *b = &r->slots[n];
@@ -371,7 +376,8 @@ static void random_update(coord_round *r, uint32_t node, coord_effect *fx) {
                    base = back == 3 ? newest + 1 : newest - (back % (newest + 1));
     const uint64_t task = t_rand() % 8 == 0 ? t_rand() % 5 : r->slots[node].task;
     const coord_event ev = {
-        .kind = COORD_EV_UPDATE, .node = node, .task = task, .layer = layer, .base = base};
+        .kind = COORD_EV_UPDATE, .node = node, .task = task, .layer = layer, .base = base,
+        .tokens = t_rand() % 5000};
     *fx = step(r, ev);
     if (fx->code != FL_CODE_NONE) return;
     T_CHECK(base <= newest && newest - base <= r->opts.staleness_max, "base");
@@ -382,7 +388,8 @@ static void random_update(coord_round *r, uint32_t node, coord_effect *fx) {
         T_CHECK(records[i].node != node || records[i].layer != layer || records[i].base < base,
                 "one for each node, layer and version");
     T_NEED(record_count < RECORDS, "room");
-    records[record_count++] = (record){.node = node, .layer = layer, .base = base, .task = task};
+    records[record_count++] = (record){
+        .node = node, .layer = layer, .base = base, .task = task, .weight = fx->weight};
 }
 
 static void flush_model(coord_round *r, uint64_t now_ms) {

@@ -34,6 +34,9 @@ static fl_status check(const node_model *model, uint32_t rank, const node_docs *
     if (o->window.size > model->layers)
         return FL_FAIL(err, FL_EARG, "a window of %u layers is larger than the model's %u",
                        o->window.size, model->layers);
+    if (o->window.still > 0 && o->window.still >= o->window.size)
+        return FL_FAIL(err, FL_EARG, "a window of %u layers of which %u are not trained",
+                       o->window.size, o->window.still);
     if (o->window.kind == NODE_WINDOW_FIXED && o->window.exit >= model->exits)
         return FL_FAIL(err, FL_EARG, "there is no exit %u: the model has %u", o->window.exit,
                        model->exits);

@@ -196,16 +196,23 @@ static double micro_step(node_tuner *t, node_window w, float weight, uint64_t dr
     return nll;
 }
 
+// The last layer of the window that is trained; with layers above it that are not, the exit's gain
+// stays as well, which belongs to the last of them.
+static uint32_t last_trained(const node_tuner *t, node_window w) {
+    return w.last - t->opts.window.still;
+}
+
 static double grad_square(const node_tuner *t, node_window w) {
-    double sum = fl_vec_sumsq(t->model->hidden, t->grad + (size_t)t->window * t->span);
-    for (uint32_t l = w.first; l <= w.last; l++)
+    const float *gain = t->grad + (size_t)t->window * t->span;
+    double sum = t->opts.window.still == 0 ? fl_vec_sumsq(t->model->hidden, gain) : 0.0;
+    for (uint32_t l = w.first; l <= last_trained(t, w); l++)
         sum += fl_vec_sumsq(t->adapter->span_count[l], t->grad + (size_t)(l - w.first) * t->span);
     return sum;
 }
 
 static void clip(node_tuner *t, node_window w, float scale) {
     fl_vec_scale(t->model->hidden, scale, t->grad + (size_t)t->window * t->span);
-    for (uint32_t l = w.first; l <= w.last; l++)
+    for (uint32_t l = w.first; l <= last_trained(t, w); l++)
         fl_vec_scale(t->adapter->span_count[l], scale, t->grad + (size_t)(l - w.first) * t->span);
 }
 
@@ -231,13 +238,14 @@ static void update(node_tuner *t, node_window w) {
                      .epsilon = o->epsilon,
                      .decay = o->decay};
     claim_slots(t, w);
-    for (uint32_t l = w.first; l <= w.last; l++) {
+    for (uint32_t l = w.first; l <= last_trained(t, w); l++) {
         const uint32_t slot = l - t->slot_first;
         const size_t at = (size_t)slot * t->span;
         adam.step = ++t->updates[slot];
         fl_adamw_step(&adam, t->adapter->span_count[l], t->adapter->span[l],
                       t->grad + (size_t)(l - w.first) * t->span, t->m + at, t->v + at);
     }
+    if (o->window.still > 0) return;
     const size_t at = (size_t)t->slots * t->span + (size_t)w.exit * t->model->hidden;
     adam.lr = o->gain_lr * rise;
     adam.decay = 0; // a gain decays towards nothing useful

@@ -40,6 +40,7 @@ bool node_window_parse(const char *name, node_window_kind *ret) FL_NODISCARD;
 typedef struct node_window_opts {
     node_window_kind kind;
     uint32_t size;        // layers; 0: from the exit below to this one, of `last` all of them
+    uint32_t still;       // of them, nearest the exit, through which the gradient only passes
     uint32_t exit;        // of `fixed`
     uint64_t steps;       // of the whole run, for `ordered`; 0: not known
     uint64_t epoch_steps; // that go once through the text, for `ordered`; 0: not known
