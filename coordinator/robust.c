@@ -68,10 +68,17 @@ coord_rule coord_rule_for(coord_rule rule, uint32_t m, double byzantine, bool ha
     return used;
 }
 
+// The rule for the voices that are left when outliers were left out: f of them may still be bad. A
+// rule that has nothing left to do is a mean of what is left.
+static coord_rule left_over(coord_rule rule, uint32_t m, uint32_t f) {
+    return allowed(rule, m, f, true) ? rule : COORD_RULE_MEAN;
+}
+
 typedef struct work {
     const coord_robust_opts *opts;
-    const coord_voice *voices;
-    uint32_t m, bad;
+    coord_voice *voices; // [m] those that are not left out
+    uint32_t *who;       // [m] what the caller calls them, ascending
+    uint32_t m, bad, root;
     size_t count;
     coord_voice_read read;
     void *ctx;
@@ -83,11 +90,14 @@ typedef struct work {
     double *distance2; // [m] to the centre
     double *kept;      // [m]
     double *dot;       // [m] with the result
+    double *part;      // [m] of each voice in the result, as far as that is linear
     coord_pair *pairs; // [2 m]
     double *gram;      // [m][m], of the rules that need distances between voices
 } work;
 
 static void work_free(work *w) {
+    free(w->voices);
+    free(w->who);
     free(w->fixed);
     free(w->x);
     free(w->sorted);
@@ -98,12 +108,14 @@ static void work_free(work *w) {
 static fl_status work_alloc(work *w, bool pairwise, fl_err *err) {
     const size_t m = w->m;
     if (fl_fault()) return FL_FAIL(err, FL_ENOMEM, "no memory for %zu updates", m);
+    w->voices = malloc(m * sizeof(*w->voices));
+    w->who = malloc(m * sizeof(*w->who));
     w->fixed = malloc(COORD_TILE * sizeof(*w->fixed));
     w->x = malloc(m * COORD_TILE * sizeof(*w->x));
-    w->sorted = calloc(6 * m, sizeof(double));
+    w->sorted = calloc(7 * m, sizeof(double));
     w->pairs = malloc(2 * m * sizeof(*w->pairs));
     w->gram = pairwise ? calloc(m * m, sizeof(double)) : NULL;
-    if (w->fixed == NULL || w->x == NULL || w->sorted == NULL || w->pairs == NULL ||
+    if (w->voices == NULL || w->who == NULL || w->fixed == NULL || w->x == NULL || w->sorted == NULL || w->pairs == NULL ||
         (pairwise && w->gram == NULL))
         return FL_FAIL(err, FL_ENOMEM, "no memory for a tile of %zu updates", m);
     w->norm2 = w->sorted + m;
@@ -111,6 +123,7 @@ static fl_status work_alloc(work *w, bool pairwise, fl_err *err) {
     w->distance2 = w->factor + m;
     w->kept = w->distance2 + m;
     w->dot = w->kept + m;
+    w->part = w->dot + m;
     return FL_OK;
 }
 
@@ -122,7 +135,7 @@ static fl_status load(work *w, size_t first, fl_err *err) {
     const size_t n = tile_size(w, first);
     for (uint32_t v = 0; v < w->m; v++) {
         double *row = w->x + (size_t)v * COORD_TILE;
-        FL_TRY(w->read(w->ctx, v, first, n, w->fixed, err));
+        FL_TRY(w->read(w->ctx, w->who[v], first, n, w->fixed, err));
         for (size_t i = 0; i < n; i++) row[i] = (double)w->fixed[i]; // exact
     }
     return FL_OK;
@@ -202,7 +215,7 @@ static fl_status choose_krum(work *w, uint32_t take, fl_err *err) {
 }
 
 static void trust(work *w) {
-    const uint32_t root = w->opts->root;
+    const uint32_t root = w->root;
     const double g = sqrt(w->norm2[root]);
     double total = 0.0;
     for (uint32_t v = 0; v < w->m; v++) {
@@ -239,6 +252,7 @@ static fl_status clip_around(work *w, double *centre, fl_err *err) {
             w->factor[v] = w->kept[v] * ((double)w->voices[v].weight / total);
             stay -= w->factor[v];
         }
+        for (uint32_t v = 0; v < m; v++) w->part[v] = stay * w->part[v] + w->factor[v];
         for (size_t first = 0; first < w->count; first += COORD_TILE) {
             double moved[COORD_TILE];
             const size_t n = tile_size(w, first);
@@ -281,8 +295,24 @@ static double shrinkage(const work *w) {
     return n / (n + w->opts->kappa);
 }
 
-static fl_status run(work *w, coord_rule rule, double *mean, coord_opinion *opinions, fl_err *err) {
+// Its cosine to the result without its own part: a voice always agrees with itself, and among few
+// that differ much that alone would make an enemy look like a friend.
+static coord_opinion opinion_of(const work *w, uint32_t v, double norm2) {
+    const double part = w->part[v], own2 = w->norm2[v];
+    const double dot = w->dot[v] - part * own2;
+    const double rest2 = norm2 - 2.0 * part * w->dot[v] + part * part * own2;
+    const double norms = rest2 > 0.0 ? sqrt(own2) * sqrt(rest2) : 0.0;
+    const double cosine = norms > 0.0 ? dot / norms : 0.0;
+    return (coord_opinion){.norm = sqrt(own2) * w->opts->unit,
+                           .cosine = cosine > 1.0 ? 1.0 : cosine < -1.0 ? -1.0 : cosine,
+                           .kept = w->kept[v]};
+}
+
+static fl_status apply(work *w, coord_rule rule, double *mean, coord_opinion *opinions,
+                       double *ret_norm2, fl_err *err) {
     double norm2 = 0.0;
+    memset(w->sorted, 0, 7 * (size_t)w->m * sizeof(double));
+    if (w->gram != NULL) memset(w->gram, 0, (size_t)w->m * w->m * sizeof(double));
     FL_TRY(survey(w, err));
     clip_norms(w);
     switch (rule) {
@@ -296,7 +326,6 @@ static fl_status run(work *w, coord_rule rule, double *mean, coord_opinion *opin
         FL_TRY(choose_krum(w, w->m - w->bad, err));
         break;
     case COORD_RULE_CENTRED:
-        for (size_t i = 0; i < w->count; i++) mean[i] /= w->opts->unit;
         FL_TRY(clip_around(w, mean, err));
         break;
     case COORD_RULE_FLTRUST:
@@ -308,13 +337,98 @@ static fl_status run(work *w, coord_rule rule, double *mean, coord_opinion *opin
     FL_TRY(combine(w, rule, mean, &norm2, err));
     const bool counted = rule == COORD_RULE_MEDIAN || rule == COORD_RULE_TRIMMED;
     for (uint32_t v = 0; v < w->m; v++) {
-        const double norms = sqrt(w->norm2[v]) * sqrt(norm2);
-        opinions[v] =
-            (coord_opinion){.norm = sqrt(w->norm2[v]) * w->opts->unit,
-                            .cosine = norms > 0.0 ? w->dot[v] / norms : 0.0,
-                            .kept = counted ? w->kept[v] / (double)w->count : w->kept[v]};
+        if (counted) w->kept[v] /= (double)w->count;
+        if (counted)
+            w->part[v] = w->factor[v] * w->kept[v] / w->m; // about
+        else if (rule != COORD_RULE_CENTRED)
+            w->part[v] = w->factor[v];
+        opinions[w->who[v]] = opinion_of(w, v, norm2);
     }
-    const double scale = shrinkage(w) * w->opts->unit;
+    *ret_norm2 = norm2;
+    return FL_OK;
+}
+
+// What the voices that do not count would have thought of the result.
+static fl_status judge_rest(work *w, const coord_voice *voices, uint32_t m, double norm2,
+                            const double *mean, coord_opinion *opinions, fl_err *err) {
+    uint32_t next = 0;
+    for (uint32_t v = 0; v < m; v++) {
+        double dot = 0.0, own = 0.0;
+        if (next < w->m && w->who[next] == v) {
+            next++;
+            continue;
+        }
+        for (size_t first = 0; first < w->count; first += COORD_TILE) {
+            const size_t n = tile_size(w, first);
+            FL_TRY(w->read(w->ctx, v, first, n, w->fixed, err));
+            for (size_t i = 0; i < n; i++) w->x[i] = (double)w->fixed[i];
+            own += coord_tile_dot(w->x, w->x, n);
+            dot += coord_tile_dot(w->x, mean + first, n);
+        }
+        const double norms = sqrt(own) * sqrt(norm2);
+        opinions[v] = (coord_opinion){.norm = sqrt(own) * w->opts->unit,
+                                      .cosine = norms > 0.0 ? dot / norms : 0.0,
+                                      .outlier = voices[v].weight > 0};
+    }
+    return FL_OK;
+}
+
+// Marks the outliers among the voices that are left, but never the root; how many.
+static uint32_t accuse(work *w, coord_opinion *opinions) {
+    uint32_t found = 0;
+    if (w->m < COORD_ROBUST_MIN) return 0;
+    for (uint32_t v = 0; v < w->m; v++) w->sorted[v] = opinions[w->who[v]].cosine;
+    const double median = coord_lower_median(w->sorted, w->m);
+    for (uint32_t v = 0; v < w->m; v++)
+        w->sorted[v] = fabs(opinions[w->who[v]].cosine - median);
+    const double limit = median - 3.0 * 1.4826 * coord_lower_median(w->sorted, w->m);
+    for (uint32_t v = 0; v < w->m; v++) {
+        coord_opinion *o = &opinions[w->who[v]];
+        o->outlier = o->cosine < 0.0 && o->cosine < limit && v != w->root;
+        found += o->outlier;
+    }
+    return found;
+}
+
+// Closes the gaps that voices without weight leave.
+static void pack(work *w) {
+    uint32_t root = COORD_NO_ROOT, left = 0;
+    for (uint32_t v = 0; v < w->m; v++) {
+        if (w->voices[v].weight == 0) continue;
+        if (v == w->root) root = left;
+        w->voices[left] = w->voices[v];
+        w->who[left++] = w->who[v];
+    }
+    w->root = root;
+    w->m = left;
+}
+
+// Leaves the outliers out, those that point away furthest first, while more may be bad.
+static void dismiss(work *w, coord_opinion *opinions) {
+    uint32_t n = 0;
+    for (uint32_t v = 0; v < w->m; v++)
+        if (opinions[w->who[v]].outlier)
+            w->pairs[n++] = (coord_pair){.value = opinions[w->who[v]].cosine, .voice = v};
+    coord_pairs_sort(w->pairs, w->pairs + w->m, n);
+    if (n > w->bad) n = w->bad;
+    for (uint32_t k = 0; k < n; k++) w->voices[w->pairs[k].voice].weight = 0;
+    w->bad -= n;
+    pack(w);
+}
+
+static fl_status run(work *w, const coord_voice *voices, uint32_t m, double *mean,
+                     coord_opinion *opinions, coord_robust_result *r, fl_err *err) {
+    const coord_robust_opts *opts = w->opts;
+    enum { PASSES = 3 };
+    double norm2 = 0.0;
+    for (int pass = 0;; pass++) {
+        FL_TRY(apply(w, r->used, mean, opinions, &norm2, err));
+        if (accuse(w, opinions) == 0 || !opts->filter || w->bad == 0 || pass == PASSES - 1) break;
+        dismiss(w, opinions);
+        r->used = left_over(r->used, w->m, w->bad);
+    }
+    FL_TRY(judge_rest(w, voices, m, norm2, mean, opinions, err));
+    const double scale = shrinkage(w) * opts->unit;
     for (size_t i = 0; i < w->count; i++) mean[i] *= scale;
     return FL_OK;
 }
@@ -322,25 +436,36 @@ static fl_status run(work *w, coord_rule rule, double *mean, coord_opinion *opin
 fl_status coord_robust_run(const coord_robust_opts *opts, const coord_voice *voices, uint32_t m,
                            size_t count, coord_voice_read read, void *ctx, double *mean,
                            coord_opinion *opinions, coord_robust_result *ret, fl_err *err) {
-    if (m == 0 || m > COORD_VOICES_MAX || count == 0)
+    uint32_t heard = 0;
+    if (m > COORD_VOICES_MAX || count == 0)
         return FL_FAIL(err, FL_EARG, "%u voices on %zu values", m, count);
     for (uint32_t v = 0; v < m; v++) {
-        if (voices[v].weight == 0 || voices[v].weight > WEIGHT_MAX)
+        if (voices[v].weight > WEIGHT_MAX)
             return FL_FAIL(err, FL_EARG, "the weight of voice %u is out of range", v);
+        heard += voices[v].weight > 0;
     }
-    coord_robust_result r = {.bad = coord_byzantine(opts->byzantine, m)};
-    r.used = coord_rule_for(opts->rule, m, opts->byzantine, opts->root < m, r.reason);
+    if (heard == 0) return FL_FAIL(err, FL_EARG, "no voice counts");
+    const bool has_root = opts->root < m && voices[opts->root].weight > 0;
+    coord_robust_result r = {.bad = coord_byzantine(opts->byzantine, heard)};
+    r.used = coord_rule_for(opts->rule, heard, opts->byzantine, has_root, r.reason);
     work w = {.opts = opts,
-              .voices = voices,
               .m = m,
               .bad = r.bad,
+              .root = has_root ? opts->root : COORD_NO_ROOT,
               .count = count,
               .read = read,
               .ctx = ctx};
     const bool pairwise = r.used == COORD_RULE_KRUM || r.used == COORD_RULE_MULTI_KRUM ||
                           r.used == COORD_RULE_FLTRUST;
     fl_status st = work_alloc(&w, pairwise, err);
-    if (st == FL_OK) st = run(&w, r.used, mean, opinions, err);
+    for (uint32_t v = 0; v < m && st == FL_OK; v++) {
+        w.voices[v] = voices[v];
+        w.who[v] = v;
+    }
+    if (st == FL_OK) pack(&w);
+    for (size_t i = 0; i < count && st == FL_OK && r.used == COORD_RULE_CENTRED; i++)
+        mean[i] /= opts->unit;
+    if (st == FL_OK) st = run(&w, voices, m, mean, opinions, &r, err);
     work_free(&w);
     if (st == FL_OK) *ret = r;
     return st;

@@ -55,7 +55,7 @@ coord_rule coord_rule_for(coord_rule rule, uint32_t m, double byzantine, bool ha
                           char reason[COORD_RULE_REASON]);
 
 typedef struct coord_voice {
-    uint64_t weight; // 1 .. 2^40
+    uint64_t weight; // 0 .. 2^40; 0: it is judged and does not count
 } coord_voice;
 
 // Values first .. first + n - 1 of voice v, n <= COORD_TILE, first a multiple of COORD_TILE, each
@@ -67,6 +67,7 @@ typedef struct coord_robust_opts {
     coord_rule rule;
     double byzantine;    // share below 1, or a count
     double clip;         // norms are cut to this times the batch's median norm; 0: they are not
+    bool filter;         // outliers are left out, at most f of them, and the rule is applied again
     double radius;       // of centred clipping; 0: the median distance, found anew each time
     uint32_t iterations; // of centred clipping, >= 1
     uint32_t root;       // voice of the owner's root; COORD_NO_ROOT
@@ -76,9 +77,14 @@ typedef struct coord_robust_opts {
 
 typedef struct coord_opinion { // what the rule made of a voice
     double norm;               // before clipping, in units
-    double cosine;             // to the result; 0 when either is zero
+    double cosine;             // to the result without its own part in it; 0 when either is zero
     double kept;               // 0: nothing of it counted, 1: all of it
+    bool outlier; // points away from what the others agree on, further than they differ themselves
 } coord_opinion;
+
+// A voice is an outlier when its cosine to the result is below zero and below the median cosine by
+// more than 3 deviations (1.4826 x the median absolute one): nodes with text of their own kind
+// differ, and so widen what is tolerated. With fewer than COORD_ROBUST_MIN voices nobody is.
 
 typedef struct coord_robust_result {
     coord_rule used;
@@ -88,7 +94,7 @@ typedef struct coord_robust_result {
 
 // mean[count]: in, the centre from which centred clipping starts (zeros are fine; other rules do
 // not read it); out, the layer's step. opinions[m].
-//   FL_EARG    no voices, more than COORD_VOICES_MAX, no values, or a weight out of range
+//   FL_EARG    no voice that counts, more than COORD_VOICES_MAX, no values, a weight above 2^40
 //   FL_ENOMEM  and whatever `read` fails with: mean is then not specified
 fl_status coord_robust_run(const coord_robust_opts *opts, const coord_voice *voices, uint32_t m,
                            size_t count, coord_voice_read read, void *ctx, double *mean,

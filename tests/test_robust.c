@@ -480,7 +480,7 @@ static void test_failures_are_told(void) {
     const coord_robust_opts opts = options(COORD_RULE_MEDIAN, 0.2);
     T_EQ(coord_robust_run(&opts, t.voices, 0, 5, read_row, &t, got, o, &r, &err), FL_EARG);
     T_EQ(coord_robust_run(&opts, t.voices, 9, 0, read_row, &t, got, o, &r, &err), FL_EARG);
-    t.voices[3].weight = 0;
+    t.voices[3].weight = (1ull << 40) + 1;
     T_EQ(coord_robust_run(&opts, t.voices, 9, 5, read_row, &t, got, o, &r, &err), FL_EARG);
     free(t.x);
 }
