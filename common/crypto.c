@@ -297,6 +297,13 @@ fl_status fl_dh(const fl_secret *secret, const uint8_t peer[FL_DH_KEY], fl_secre
 
 // ---- sealing
 
+const fl_pk fl_pk_real = {
+    .sign = fl_sign,
+    .sign_check = fl_sign_check,
+    .dh_key = fl_dh_key,
+    .dh = fl_dh,
+};
+
 void fl_seal(const uint8_t key[FL_SEAL_KEY], const uint8_t nonce[FL_SEAL_NONCE], fl_bytes data,
              fl_bytes plain, uint8_t *out) {
     crypto_aead_xchacha20poly1305_ietf_encrypt(out, NULL, plain.data, plain.size, data.data,

@@ -61,6 +61,19 @@ fl_status fl_dh_key(const fl_secret *secret, uint8_t ret_key[FL_DH_KEY], fl_err 
 fl_status fl_dh(const fl_secret *secret, const uint8_t peer[FL_DH_KEY], fl_secret **ret,
                 fl_err *err) FL_NODISCARD;
 
+// The public-key operations above as a table. Everything real uses fl_pk_real; a simulator that
+// shakes hands a million times brings its own, which lives in the simulator alone.
+typedef struct fl_pk {
+    fl_status (*sign)(const fl_secret *seed, fl_bytes message, uint8_t ret[FL_SIGN_SIZE],
+                      fl_err *err);
+    bool (*sign_check)(const uint8_t key[FL_SIGN_KEY], fl_bytes message,
+                       const uint8_t sig[FL_SIGN_SIZE]);
+    fl_status (*dh_key)(const fl_secret *secret, uint8_t ret_key[FL_DH_KEY], fl_err *err);
+    fl_status (*dh)(const fl_secret *secret, const uint8_t peer[FL_DH_KEY], fl_secret **ret,
+                    fl_err *err);
+} fl_pk;
+extern const fl_pk fl_pk_real;
+
 // ---- sealing: XChaCha20-Poly1305. A (key, nonce) pair must never seal two messages.
 // out gets plain.size + FL_SEAL_TAG bytes; plain and out may be the same place, not overlap else.
 void fl_seal(const uint8_t key[FL_SEAL_KEY], const uint8_t nonce[FL_SEAL_NONCE], fl_bytes data,

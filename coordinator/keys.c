@@ -46,6 +46,20 @@ fl_status coord_keys_load(const char *dir, coord_keys *ret, fl_err *err) {
     return st;
 }
 
+fl_status coord_keys_copy(const coord_keys *from, coord_keys *ret, fl_err *err) {
+    coord_keys keys = *from;
+    keys.identity = keys.transport = keys.update = NULL;
+    fl_status st = fl_secret_copy(fl_secret_view(from->identity), &keys.identity, err);
+    if (st == FL_OK)
+        st = fl_secret_copy(fl_secret_view(from->transport), &keys.transport, err);
+    if (st == FL_OK) st = fl_secret_copy(fl_secret_view(from->update), &keys.update, err);
+    if (st != FL_OK)
+        coord_keys_close(&keys);
+    else
+        *ret = keys;
+    return st;
+}
+
 void coord_keys_close(coord_keys *keys) {
     fl_secret_close(keys->identity);
     fl_secret_close(keys->transport);

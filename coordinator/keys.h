@@ -15,6 +15,7 @@ typedef struct coord_keys {
 fl_status coord_keys_make(const char *dir, fl_err *err) FL_NODISCARD;
 // FL_ENOENT, FL_EAUTH (readable by others), FL_EFORMAT.
 fl_status coord_keys_load(const char *dir, coord_keys *ret, fl_err *err) FL_NODISCARD;
+fl_status coord_keys_copy(const coord_keys *from, coord_keys *ret, fl_err *err) FL_NODISCARD;
 void coord_keys_close(coord_keys *keys); // empty is fine
 
 #endif

@@ -1,6 +1,5 @@
 #include "coordinator/loop.h"
 
-#include "common/clock.h"
 #include "common/log.h"
 #include "coordinator/loop_state.h"
 
@@ -30,44 +29,54 @@ static fl_status take_memory(coord_loop *loop, fl_err *err) {
     loop->outbox_bytes = malloc(COORD_OUTBOX_BYTES);
     loop->plain = malloc(FL_BODY_MAX);
     loop->frame = malloc(FL_FRAME_MAX);
+    loop->chunk = malloc(FL_CHUNK_MAX);
     fl_arena_init(&loop->scratch, malloc(scratch), scratch);
     if (loop->outbox_bytes == NULL || loop->plain == NULL || loop->frame == NULL ||
+        loop->chunk == NULL ||
         loop->scratch.base == NULL)
         return FL_FAIL(err, FL_ENOMEM, "no memory to start");
     return FL_OK;
 }
 
-static fl_status listen_for_nodes(coord_loop *loop, fl_err *err) {
+// The link is there: it learns who may speak.
+static fl_status admit_members(coord_loop *loop, fl_err *err) {
+    const coord_world *w = &loop->world;
     bool enrolling = false;
+    loop->listening = true;
+    for (uint32_t i = 0; i < loop->registry.count; i++) {
+        const coord_member *m = &loop->registry.members[i];
+        if (m->state == COORD_MEMBER_ACTIVE) FL_TRY(w->admit(w->ctx, m->transport_key, err));
+    }
+    FL_TRY(coord_store_enrolling(loop->store, &enrolling, err));
+    w->enrolment(w->ctx, enrolling);
+    fl_link_stats stats;
+    w->stats(w->ctx, &stats);
+    loop->refusals = loop->refusals_link = stats.zap_refused + stats.dropped; // the canary
+    return FL_OK;
+}
+
+static fl_status listen_for_nodes(coord_loop *loop, fl_err *err) {
     const fl_link_opts opts = {.endpoint = loop->settings.listen,
                                .curve_secret = fl_secret_view(loop->keys.transport).data,
                                .curve_key = loop->keys.transport_key};
     FL_TRY(fl_link_listen(&opts, &loop->link, err));
-    for (uint32_t i = 0; i < loop->registry.count; i++) {
-        const coord_member *m = &loop->registry.members[i];
-        if (m->state == COORD_MEMBER_ACTIVE)
-            FL_TRY(fl_link_admit(loop->link, m->transport_key, err));
-    }
-    FL_TRY(coord_store_enrolling(loop->store, &enrolling, err));
-    fl_link_enrolment(loop->link, enrolling);
-    fl_link_stats stats;
-    fl_link_stats_get(loop->link, &stats);
-    loop->refusals = loop->refusals_link = stats.zap_refused + stats.dropped; // the canary
+    loop->world.ctx = loop->link;
+    FL_TRY(admit_members(loop, err));
     // What `token` needs to make a URL: the port may have been chosen by the system.
     const char *endpoint = fl_link_endpoint(loop->link);
     return coord_store_put_value(loop->store, "endpoint",
                                  (fl_bytes){(const uint8_t *)endpoint, strlen(endpoint)}, err);
 }
 
-static fl_status open_all(coord_loop *loop, const char *dir, fl_err *err) {
+static fl_status set_dir(coord_loop *loop, const char *dir, fl_err *err) {
     const int n = snprintf(loop->dir, sizeof(loop->dir), "%s", dir);
     if (n <= 0 || (size_t)n >= sizeof(loop->dir))
         return FL_FAIL(err, FL_EARG, "the folder's name is empty or too long");
-    FL_TRY(fl_crypto_init(err));
-    FL_TRY(coord_store_open(dir, &loop->store, err)); // first: it says that there is none
-    FL_TRY(take_lock(loop, err));
-    FL_TRY(coord_settings_load(dir, &loop->settings, err));
-    FL_TRY(coord_keys_load(dir, &loop->keys, err));
+    return fl_crypto_init(err);
+}
+
+// With store, settings, keys and world in place: everything in memory is made.
+static fl_status recover(coord_loop *loop, fl_err *err) {
     FL_TRY(take_memory(loop, err));
     const coord_settings *s = &loop->settings;
     loop->opt = (coord_opt){.kind = (coord_opt_kind)s->optimiser,
@@ -77,8 +86,41 @@ static fl_status open_all(coord_loop *loop, const char *dir, fl_err *err) {
                             .tau = s->tau};
     loop->gate = (coord_gate){
         .clip_factor = s->clip, .refuse_factor = s->refuse, .norms_min = (uint32_t)s->norms_min};
-    FL_TRY(coord_loop_recover(loop, fl_clock_ms(), err));
+    return coord_loop_recover(loop, loop->world.now_ms(loop->world.ctx), err);
+}
+
+static fl_status open_all(coord_loop *loop, const char *dir, fl_err *err) {
+    loop->world = coord_world_real(NULL);
+    FL_TRY(set_dir(loop, dir, err));
+    FL_TRY(coord_store_open(dir, &loop->store, err)); // first: it says that there is none
+    FL_TRY(take_lock(loop, err));
+    FL_TRY(coord_settings_load(dir, &loop->settings, err));
+    FL_TRY(coord_keys_load(dir, &loop->keys, err));
+    FL_TRY(recover(loop, err));
     return listen_for_nodes(loop, err);
+}
+
+static fl_status open_in(coord_loop *loop, const coord_loop_opts *opts, fl_err *err) {
+    loop->world = *opts->world;
+    loop->settings = *opts->settings;
+    FL_TRY(coord_keys_copy(opts->keys, &loop->keys, err));
+    FL_TRY(set_dir(loop, opts->dir, err));
+    FL_TRY(coord_store_open_on(loop->world.disk, opts->dir, &loop->store, err));
+    FL_TRY(recover(loop, err));
+    return loop->world.receive == NULL ? FL_OK : admit_members(loop, err);
+}
+
+fl_status coord_loop_open_in(const coord_loop_opts *opts, coord_loop **ret, fl_err *err) {
+    coord_loop *loop = calloc(1, sizeof(*loop));
+    if (loop == NULL) return FL_FAIL(err, FL_ENOMEM, "no memory to start");
+    loop->lock_fd = -1;
+    const fl_status st = open_in(loop, opts, err);
+    if (st != FL_OK) {
+        coord_loop_close(loop);
+        return st;
+    }
+    *ret = loop;
+    return FL_OK;
 }
 
 fl_status coord_loop_open(const char *dir, coord_loop **ret, fl_err *err) {
@@ -111,6 +153,7 @@ void coord_loop_close(coord_loop *loop) {
     free(loop->outbox_bytes);
     free(loop->plain);
     free(loop->frame);
+    free(loop->chunk);
     coord_keys_close(&loop->keys);
     coord_store_close(loop->store);
     if (loop->lock_fd >= 0) close(loop->lock_fd);
@@ -127,8 +170,9 @@ static fl_status save_seen(coord_loop *loop, fl_err *err) {
         coord_session *s = &loop->sessions[i];
         if (!s->seen) continue;
         FL_TRY(coord_store_begin(loop->store, err));
-        FL_TRY(coord_store_touch_node(loop->store, loop->registry.members[i].id, fl_clock_wall_s(),
-                                      s->bytes_up, s->bytes_down, err));
+        FL_TRY(coord_store_touch_node(loop->store, loop->registry.members[i].id,
+                                      loop->world.wall_s(loop->world.ctx), s->bytes_up,
+                                      s->bytes_down, err));
         s->seen = false;
         s->bytes_up = s->bytes_down = 0;
     }
@@ -160,20 +204,23 @@ static fl_status tick(coord_loop *loop, uint64_t now_ms, fl_err *err) {
 }
 
 fl_status coord_loop_step(coord_loop *loop, uint32_t wait_ms, fl_err *err) {
+    const coord_world *w = &loop->world;
     fl_link_message m;
-    FL_TRY(tick(loop, fl_clock_ms(), err));
+    FL_TRY(tick(loop, w->now_ms(w->ctx), err));
     FL_TRY(coord_loop_commit(loop, err));
-    if (loop->flush_due != COORD_FLUSH_NO) FL_TRY(coord_loop_flush(loop, fl_clock_ms(), err));
+    if (loop->flush_due != COORD_FLUSH_NO) FL_TRY(coord_loop_flush(loop, w->now_ms(w->ctx), err));
     const uint32_t wait = wait_ms < COORD_POLL_MS ? wait_ms : COORD_POLL_MS;
     for (int i = 0; i < BATCH_MAX && loop->flush_due == COORD_FLUSH_NO; i++) {
-        const fl_status st = fl_link_receive(loop->link, i == 0 ? wait : 0, &m, err);
+        const fl_status st = w->receive(w->ctx, i == 0 ? wait : 0, &m, err);
         if (st == FL_ETIME) break;
         FL_TRY(st);
-        if (i == 0) FL_TRY(heed_commands(loop, fl_clock_ms(), err)); // it was revoked as we waited
-        FL_TRY(coord_loop_frame(loop, &m, fl_clock_ms(), err));
+        if (i == 0) // it was revoked as we waited
+            FL_TRY(heed_commands(loop, w->now_ms(w->ctx), err));
+        FL_TRY(coord_loop_frame(loop, &m, w->now_ms(w->ctx), err));
     }
     FL_TRY(coord_loop_commit(loop, err));
-    return loop->flush_due != COORD_FLUSH_NO ? coord_loop_flush(loop, fl_clock_ms(), err) : FL_OK;
+    if (loop->flush_due == COORD_FLUSH_NO) return FL_OK;
+    return coord_loop_flush(loop, w->now_ms(w->ctx), err);
 }
 
 fl_status coord_loop_run(coord_loop *loop, const volatile sig_atomic_t *stop, fl_err *err) {

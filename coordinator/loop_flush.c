@@ -2,7 +2,6 @@
 // All of it is one transaction: a kill before the commit leaves the buffer as it was, and the same
 // buffer gives the same bytes again.
 #include "common/checked.h"
-#include "common/clock.h"
 #include "common/log.h"
 #include "coordinator/loop_state.h"
 
@@ -160,7 +159,7 @@ static fl_status step_vote(coord_loop *loop, coord_vote *next, double *ret_loss,
 
 static fl_status close_round(coord_loop *loop, int64_t layers, double loss, fl_err *err) {
     coord_round_row row = {.round = (int64_t)loop->round.round,
-                           .closed_s = fl_clock_wall_s(),
+                           .closed_s = loop->world.wall_s(loop->world.ctx),
                            .contributions = loop->round.contributions,
                            .updates = loop->round.updates,
                            .layers = layers,

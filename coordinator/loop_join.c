@@ -1,5 +1,4 @@
 // JOIN_REQUEST: the only thing that a key which is not admitted can say.
-#include "common/clock.h"
 #include "coordinator/loop_state.h"
 #include "proto/invite.h"
 
@@ -9,8 +8,8 @@
 static fl_status add_member(coord_loop *loop, const fl_join_request *q, bool active,
                             uint64_t now_ms, fl_err *err) {
     coord_node_row row = {.state = active ? COORD_NODE_ACTIVE : COORD_NODE_PENDING,
-                          .joined_s = fl_clock_wall_s(),
-                          .seen_s = fl_clock_wall_s()};
+                          .joined_s = loop->world.wall_s(loop->world.ctx),
+                          .seen_s = loop->world.wall_s(loop->world.ctx)};
     snprintf(row.name, sizeof(row.name), "%s", q->name);
     memcpy(row.sign_key, q->identity_key, sizeof(row.sign_key));
     memcpy(row.transport_key, q->curve_key, sizeof(row.transport_key));

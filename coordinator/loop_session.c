@@ -1,5 +1,4 @@
 // Frames in, answers out: who says it, may he, what is it, and to whom does it go.
-#include "common/clock.h"
 #include "common/log.h"
 #include "coordinator/loop_state.h"
 
@@ -26,13 +25,14 @@ fl_status coord_loop_event(coord_loop *loop, const char *kind, uint32_t node, fl
     const coord_member *m = known ? &loop->registry.members[node] : NULL;
     fl_log(FL_LOG_INFO, kind, "%s%s%s", known ? m->name : "", known ? ": " : "", text);
     FL_TRY(coord_store_begin(loop->store, err));
-    return coord_store_add_event(loop->store, fl_clock_wall_s(), kind, known ? m->id : 0, text,
-                                 err);
+    return coord_store_add_event(loop->store, loop->world.wall_s(loop->world.ctx), kind,
+                                 known ? m->id : 0, text, err);
 }
 
 // A lost answer is asked for again, so a peer that has gone or does not read is no failure.
 static void send_frame(coord_loop *loop, uint32_t node, fl_link_peer peer, size_t size) {
-    const fl_status st = fl_link_send(loop->link, peer, (fl_bytes){loop->frame, size}, NULL);
+    const coord_world *w = &loop->world;
+    const fl_status st = w->send(w->ctx, peer, (fl_bytes){loop->frame, size}, NULL);
     if (st == FL_OK && node != COORD_NOBODY) loop->sessions[node].bytes_down += (int64_t)size;
 }
 
@@ -120,10 +120,11 @@ static fl_status on_hello(coord_loop *loop, uint32_t node, const fl_msg *in, uin
                                       .identity = loop->keys.identity,
                                       .identity_key = loop->keys.identity_key,
                                       .peer_key = loop->registry.members[node].sign_key,
-                                      .update_key = loop->keys.update_key};
+                                      .update_key = loop->keys.update_key,
+                                      .pk = loop->world.pk};
         FL_TRY(fl_channel_open(&opts, &s->channel, err));
     }
-    fl_random(random, sizeof(random));
+    loop->world.random(loop->world.ctx, random, sizeof(random));
     const fl_status st =
         fl_channel_on_hello(s->channel, &in->hello, random, &out.hello_reply, NULL);
     if (st == FL_EUNSUPPORTED) return answer_error(loop, s->peer, FL_CODE_PROTOCOL, 0, err);
@@ -239,7 +240,7 @@ fl_status coord_loop_frame(coord_loop *loop, const fl_link_message *m, uint64_t 
 
 fl_status coord_loop_watch_link(coord_loop *loop, uint64_t now_ms, fl_err *err) {
     fl_link_stats stats;
-    fl_link_stats_get(loop->link, &stats);
+    loop->world.stats(loop->world.ctx, &stats);
     const uint64_t refusals = stats.zap_refused + stats.dropped + loop->strangers;
     const uint64_t count = refusals - loop->refusals;
     if (count == 0) return FL_OK;
@@ -284,7 +285,8 @@ fl_status coord_loop_expel(coord_loop *loop, uint32_t node, uint64_t now_ms, fl_
     coord_session *s = &loop->sessions[node];
     coord_effect fx;
     say_revoked(loop, node);
-    fl_link_revoke(loop->link, loop->registry.members[node].transport_key);
+    if (loop->listening)
+        loop->world.revoke(loop->world.ctx, loop->registry.members[node].transport_key);
     fl_channel_close(s->channel);
     s->channel = NULL;
     coord_loop_drop_upload(loop, node);

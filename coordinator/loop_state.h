@@ -7,13 +7,12 @@
 #include "coordinator/aggregate_vote.h"
 #include "coordinator/keys.h"
 #include "coordinator/loop.h"
+#include "coordinator/loop_world.h"
 #include "coordinator/registry.h"
 #include "coordinator/round.h"
 #include "coordinator/settings.h"
 #include "coordinator/store.h"
-#include "proto/channel.h"
 #include "proto/codec.h"
-#include "proto/link.h"
 #include "proto/update.h"
 
 enum {
@@ -55,8 +54,10 @@ struct coord_loop {
     coord_settings settings;
     coord_keys keys;
     coord_store *store;
-    fl_link *link;
-    int lock_fd;
+    coord_world world;
+    bool listening; // the world's link may be told of members
+    fl_link *link;  // the real one; NULL in a simulation
+    int lock_fd;    // -1: none
     char dir[COORD_PATH_MAX - 128];
 
     uint8_t run_id[FL_ID_SIZE];
@@ -90,6 +91,7 @@ struct coord_loop {
     fl_arena memory;       // registry and round
     uint8_t *plain;        // [FL_BODY_MAX] opened body
     uint8_t *frame;        // [FL_FRAME_MAX] to be sent
+    uint8_t *chunk;        // [FL_CHUNK_MAX] of an object
 };
 
 // ---- loop_recover.c

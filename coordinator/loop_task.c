@@ -1,5 +1,4 @@
 // Work for nodes: tasks, the bytes of objects, heartbeats, and reports of what came of it.
-#include "common/file.h"
 #include "common/log.h"
 #include "common/rng.h"
 #include "coordinator/loop_state.h"
@@ -151,29 +150,23 @@ static fl_status may_fetch(coord_loop *loop, const uint8_t digest[FL_DIGEST_SIZE
 fl_status coord_loop_on_chunk_request(coord_loop *loop, uint32_t node, const fl_msg *msg,
                                       uint64_t now_ms, fl_err *err) {
     const fl_chunk_request *q = &msg->chunk_request;
-    char path[COORD_PATH_MAX];
-    fl_map map = {0};
+    uint64_t total = 0;
+    size_t got = 0;
     bool may = false;
     (void)now_ms;
     FL_TRY(may_fetch(loop, q->digest, &may, err));
-    coord_store_object_path(loop->store, q->digest, path);
-    // Mapped and not read: of a large model only the asked pages are touched.
-    if (!may || fl_map_open(path, &map, NULL) != FL_OK || q->offset >= map.bytes.size) {
-        fl_map_close(&map);
+    if (!may ||
+        coord_store_read_object(loop->store, q->digest, q->offset, loop->chunk, q->size, &got,
+                                &total, NULL) != FL_OK ||
+        got == 0) {
         const fl_msg m = {.type = FL_MSG_ERROR,
                           .error = {.code = FL_CODE_NO_OBJECT, .text = "no such object"}};
         return coord_loop_answer(loop, node, &m, err);
     }
-    const uint64_t left = map.bytes.size - q->offset;
-    fl_msg m = {
-        .type = FL_MSG_CHUNK,
-        .chunk = {.offset = q->offset,
-                  .total = map.bytes.size,
-                  .data = {map.bytes.data + q->offset, (size_t)(left < q->size ? left : q->size)}}};
+    fl_msg m = {.type = FL_MSG_CHUNK,
+                .chunk = {.offset = q->offset, .total = total, .data = {loop->chunk, got}}};
     memcpy(m.chunk.digest, q->digest, FL_DIGEST_SIZE);
-    const fl_status st = coord_loop_answer(loop, node, &m, err);
-    fl_map_close(&map);
-    return st;
+    return coord_loop_answer(loop, node, &m, err);
 }
 
 fl_status coord_loop_on_heartbeat(coord_loop *loop, uint32_t node, const fl_msg *msg,

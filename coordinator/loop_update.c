@@ -167,8 +167,8 @@ static fl_code open_payload(coord_loop *loop, uint32_t node, coord_upload *u, fl
         return FL_CODE_INTERNAL;
     }
     const fl_status st =
-        fl_unseal_update(&label, (fl_bytes){u->data, (size_t)b->size}, loop->keys.update,
-                         loop->keys.update_key, payload, size, ret_payload, why);
+        loop->world.unseal(&label, (fl_bytes){u->data, (size_t)b->size}, loop->keys.update,
+                           loop->keys.update_key, payload, size, ret_payload, why);
     if (st == FL_OK) memcpy(u->data, payload, size);
     free(payload);
     if (st != FL_OK) return FL_CODE_SIGNATURE;

@@ -1,18 +1,14 @@
 #include "coordinator/store.h"
 
 #include "common/fault.h"
-#include "common/file.h"
 #include "coordinator/store_sql.h"
 
-#include <errno.h>
-#include <fcntl.h>
 #include <math.h>
 #include <sqlite3.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 enum { SCHEMA_VERSION = 1, BUSY_MS = 5000 };
 
@@ -81,11 +77,49 @@ fl_status coord_sql_fail(coord_store *s, fl_err *err) {
     }
 }
 
+struct coord_cached {
+    const char *sql;
+    sqlite3_stmt *stmt;
+    coord_cached *next;
+};
+
+// One that is in the middle of its rows is left alone: a callback may run the same query again.
+static fl_status prepared(coord_store *s, const char *sql, sqlite3_stmt **ret, fl_err *err) {
+    coord_cached **bucket = &s->cached[((uintptr_t)sql >> 3) % COORD_CACHED];
+    for (const coord_cached *c = *bucket; c != NULL; c = c->next) {
+        if (c->sql == sql && sqlite3_stmt_busy(c->stmt) == 0) {
+            *ret = c->stmt;
+            return FL_OK;
+        }
+    }
+    coord_cached *c = fl_fault() ? NULL : malloc(sizeof(*c));
+    if (c == NULL) return FL_FAIL(err, FL_ENOMEM, "no memory for the state");
+    sqlite3_stmt *stmt = NULL;
+    if (sqlite3_prepare_v3(s->db, sql, -1, SQLITE_PREPARE_PERSISTENT, &stmt, NULL) != SQLITE_OK) {
+        free(c);
+        return coord_sql_fail(s, err);
+    }
+    *c = (coord_cached){.sql = sql, .stmt = stmt, .next = *bucket};
+    *bucket = c;
+    *ret = stmt;
+    return FL_OK;
+}
+
+static void forget_prepared(coord_store *s) {
+    for (size_t i = 0; i < COORD_CACHED; i++) {
+        for (coord_cached *c = s->cached[i], *next; c != NULL; c = next) {
+            next = c->next;
+            sqlite3_finalize(c->stmt);
+            free(c);
+        }
+    }
+}
+
 static fl_status sql_v(coord_store *s, sqlite3_stmt **ret, fl_err *err, const char *sql,
                        const char *types, va_list ap) {
     sqlite3_stmt *st = NULL;
     if (fl_fault()) return FL_FAIL(err, FL_EIO, "state: the disk failed");
-    if (sqlite3_prepare_v2(s->db, sql, -1, &st, NULL) != SQLITE_OK) return coord_sql_fail(s, err);
+    FL_TRY(prepared(s, sql, &st, err));
     int at = 0, rc = SQLITE_OK;
     for (const char *t = types; *t != '\0' && rc == SQLITE_OK; t++) {
         at++;
@@ -110,7 +144,7 @@ static fl_status sql_v(coord_store *s, sqlite3_stmt **ret, fl_err *err, const ch
         }
     }
     if (rc != SQLITE_OK) {
-        sqlite3_finalize(st);
+        coord_sql_end(st);
         return coord_sql_fail(s, err);
     }
     *ret = st;
@@ -135,7 +169,9 @@ fl_status coord_sql_step(coord_store *s, sqlite3_stmt *st, bool *ret_row, fl_err
 }
 
 void coord_sql_end(sqlite3_stmt *st) {
-    sqlite3_finalize(st);
+    if (st == NULL) return;
+    sqlite3_reset(st); // what failed has been told by step
+    sqlite3_clear_bindings(st);
 }
 
 fl_status coord_sql_run(coord_store *s, int64_t *ret_changed, fl_err *err, const char *sql,
@@ -197,56 +233,67 @@ static fl_status exec(coord_store *s, const char *sql, fl_err *err) {
 }
 
 // Opens state.db and sets what must hold for every connection.
-static fl_status connect_db(coord_store *s, int flags, fl_err *err) {
+static fl_status connect_db(coord_store *s, bool create, fl_err *err) {
     char path[COORD_PATH_MAX];
+    const int flags = SQLITE_OPEN_READWRITE | (create ? SQLITE_OPEN_CREATE : 0);
     snprintf(path, sizeof(path), "%s/state.db", s->dir);
     if (fl_fault()) return FL_FAIL(err, FL_EIO, "cannot open %s", path);
-    if ((flags & SQLITE_OPEN_CREATE) != 0) { // ours alone from its first byte; -wal and -shm follow
-        const int fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600);
-        if (fd < 0) return FL_FAIL(err, FL_EIO, "cannot create %s: %s", path, strerror(errno));
-        close(fd);
+    if (create) { // ours alone from its first byte; -wal and -shm follow
+        coord_file *f = NULL;
+        FL_TRY(s->disk->ops->open(s->disk, path, true, &f, err));
+        s->disk->ops->close(s->disk, f);
+        FL_TRY(coord_disk_sync_parent(s->disk, path, err));
     }
-    if (sqlite3_open_v2(path, &s->db, flags | SQLITE_OPEN_NOMUTEX, NULL) != SQLITE_OK)
+    if (sqlite3_open_v2(path, &s->db, flags | SQLITE_OPEN_NOMUTEX, coord_vfs_name(s->vfs)) !=
+        SQLITE_OK)
         return coord_sql_fail(s, err);
     sqlite3_busy_timeout(s->db, BUSY_MS);
+    if (s->vfs != NULL)
+        FL_TRY(exec(s, "PRAGMA locking_mode=EXCLUSIVE; PRAGMA temp_store=MEMORY", err));
     FL_TRY(exec(s, "PRAGMA journal_mode=WAL", err));
     return exec(s, "PRAGMA synchronous=FULL; PRAGMA cache_size=-4096; PRAGMA trusted_schema=OFF",
                 err);
 }
 
-static fl_status new_store(const char *dir, coord_store **ret, fl_err *err) {
+static fl_status new_store(coord_disk *disk, const char *dir, coord_store **ret, fl_err *err) {
     coord_store *s = fl_fault() ? NULL : calloc(1, sizeof(*s));
     if (s == NULL) return FL_FAIL(err, FL_ENOMEM, "no memory for the state");
-    s->spool_fd = -1;
+    s->disk = disk;
     const int n = snprintf(s->dir, sizeof(s->dir), "%s", dir);
     if (n <= 0 || (size_t)n >= sizeof(s->dir)) {
         free(s);
         return FL_FAIL(err, FL_EARG, "the folder's name is empty or too long");
     }
+    if (!disk->system) {
+        const fl_status st = coord_vfs_open(disk, &s->vfs, err);
+        if (st != FL_OK) {
+            free(s);
+            return st;
+        }
+    }
     *ret = s;
     return FL_OK;
 }
 
-static fl_status make_folders(const char *dir, fl_err *err) {
+static fl_status make_folders(coord_disk *disk, const char *dir, fl_err *err) {
     static const char *const inside[] = {"objects", "spool"};
     char path[COORD_PATH_MAX];
-    FL_TRY(fl_folder_make(dir, err));
+    FL_TRY(disk->ops->make_folder(disk, dir, err));
     for (size_t i = 0; i < FL_COUNT(inside); i++) {
         snprintf(path, sizeof(path), "%s/%s", dir, inside[i]);
-        FL_TRY(fl_folder_make(path, err));
+        FL_TRY(disk->ops->make_folder(disk, path, err));
     }
     return FL_OK;
 }
 
-fl_status coord_store_create(const char *dir, fl_err *err) {
+fl_status coord_store_create_on(coord_disk *disk, const char *dir, fl_err *err) {
     coord_store *s = NULL;
-    char path[COORD_PATH_MAX], sql[sizeof(schema) + 128];
-    fl_status st = new_store(dir, &s, err);
+    char sql[sizeof(schema) + 128];
+    fl_status st = new_store(disk, dir, &s, err);
     if (st != FL_OK) goto out;
-    st = make_folders(dir, err);
+    st = make_folders(disk, dir, err);
     if (st != FL_OK) goto out;
-    snprintf(path, sizeof(path), "%s/state.db", s->dir);
-    st = connect_db(s, SQLITE_OPEN_READWRITE | SQLITE_OPEN_CREATE, err);
+    st = connect_db(s, true, err);
     if (st != FL_OK) goto out;
     int64_t version = 0;
     st = coord_sql_integer(s, &version, err, "PRAGMA user_version", "");
@@ -264,17 +311,17 @@ out:
     return st;
 }
 
-fl_status coord_store_open(const char *dir, coord_store **ret, fl_err *err) {
+fl_status coord_store_open_on(coord_disk *disk, const char *dir, coord_store **ret, fl_err *err) {
     coord_store *s = NULL;
     char path[COORD_PATH_MAX];
-    fl_status st = new_store(dir, &s, err);
+    fl_status st = new_store(disk, dir, &s, err);
     if (st != FL_OK) goto out;
     snprintf(path, sizeof(path), "%s/state.db", s->dir);
-    if (!fl_file_exists(path)) {
+    if (!disk->ops->exists(disk, path)) {
         st = FL_FAIL(err, FL_ENOENT, "there is no coordinator in %s; make one with init", dir);
         goto out;
     }
-    st = connect_db(s, SQLITE_OPEN_READWRITE, err);
+    st = connect_db(s, false, err);
     if (st != FL_OK) goto out;
     int64_t version = 0;
     st = coord_sql_integer(s, &version, err, "PRAGMA user_version", "");
@@ -293,17 +340,27 @@ out:
     return st;
 }
 
+fl_status coord_store_create(const char *dir, fl_err *err) {
+    return coord_store_create_on(coord_disk_posix(), dir, err);
+}
+
+fl_status coord_store_open(const char *dir, coord_store **ret, fl_err *err) {
+    return coord_store_open_on(coord_disk_posix(), dir, ret, err);
+}
+
 void coord_store_close(coord_store *s) {
     if (s == NULL) return;
     coord_store_rollback(s);
     coord_spool_close(s);
+    forget_prepared(s);
     sqlite3_close(s->db);
+    coord_vfs_close(s->vfs);
     free(s);
 }
 
 fl_status coord_store_begin(coord_store *s, fl_err *err) {
     if (s->batch) return FL_OK;
-    FL_TRY(exec(s, "BEGIN IMMEDIATE", err));
+    FL_TRY(coord_sql_run(s, NULL, err, "BEGIN IMMEDIATE", ""));
     s->batch = true;
     return FL_OK;
 }
@@ -311,7 +368,7 @@ fl_status coord_store_begin(coord_store *s, fl_err *err) {
 fl_status coord_store_commit(coord_store *s, fl_err *err) {
     if (!s->batch) return FL_OK;
     fl_status st = coord_spool_sync(s, err); // bytes first, then the rows that name them
-    if (st == FL_OK) st = exec(s, "COMMIT", err);
+    if (st == FL_OK) st = coord_sql_run(s, NULL, err, "COMMIT", "");
     if (st != FL_OK) {
         coord_store_rollback(s);
         return st;

@@ -15,6 +15,7 @@
 #define COORD_STORE_H
 
 #include "common/status.h"
+#include "coordinator/store_disk.h"
 
 enum {
     COORD_DIGEST = 32, // BLAKE2b-256
@@ -33,6 +34,10 @@ typedef struct coord_store coord_store;
 fl_status coord_store_create(const char *dir, fl_err *err) FL_NODISCARD;
 // FL_ENOENT: no state there. FL_EUNSUPPORTED: written by a newer version.
 fl_status coord_store_open(const char *dir, coord_store **ret, fl_err *err) FL_NODISCARD;
+// The same on another disk than the system's: there the database has this one connection only.
+fl_status coord_store_create_on(coord_disk *disk, const char *dir, fl_err *err) FL_NODISCARD;
+fl_status coord_store_open_on(coord_disk *disk, const char *dir, coord_store **ret,
+                              fl_err *err) FL_NODISCARD;
 void coord_store_close(coord_store *s); // rolls an open batch back; NULL is fine
 
 // A batch. begin is idempotent; commit without a batch does nothing.
@@ -55,6 +60,11 @@ fl_status coord_store_import_object(coord_store *s, const char *path,
 fl_status coord_store_get_object(coord_store *s, const uint8_t digest[COORD_DIGEST],
                                  size_t size_max, uint8_t **ret_data, size_t *ret_size,
                                  fl_err *err) FL_NODISCARD;
+// Up to `size` bytes of an object from `offset` on, unchecked: who fetches it has the digest.
+// FL_ENOENT; *ret_total is its whole size.
+fl_status coord_store_read_object(coord_store *s, const uint8_t digest[COORD_DIGEST],
+                                  uint64_t offset, uint8_t *out, size_t size, size_t *ret_got,
+                                  uint64_t *ret_total, fl_err *err) FL_NODISCARD;
 void coord_store_object_path(const coord_store *s, const uint8_t digest[COORD_DIGEST],
                              char ret_path[COORD_PATH_MAX]);
 void coord_digest_text(const uint8_t digest[COORD_DIGEST], char ret_hex[2 * COORD_DIGEST + 1]);
@@ -174,6 +184,9 @@ fl_status coord_store_layers(coord_store *s, coord_layer_row *rows, size_t max, 
 // The next version: row->version must be the stored one plus 1 (FL_ESTATE). Keeps the history.
 fl_status coord_store_set_layer(coord_store *s, const coord_layer_row *row, int64_t updates,
                                 fl_err *err) FL_NODISCARD;
+// The object of one version. FL_ENOENT: it is not kept, or not made yet.
+fl_status coord_store_find_layer(coord_store *s, uint32_t layer, int64_t version,
+                                 uint8_t ret_digest[COORD_DIGEST], fl_err *err) FL_NODISCARD;
 // Is this the digest of a version that is kept?
 fl_status coord_store_is_layer(coord_store *s, const uint8_t digest[COORD_DIGEST], bool *ret,
                                fl_err *err) FL_NODISCARD;
@@ -239,6 +252,9 @@ typedef fl_status (*coord_update_fn)(void *ctx, const coord_update_row *row, fl_
 // Updates of the open buffer, in the order of their admission.
 fl_status coord_store_each_open_update(coord_store *s, coord_update_fn fn, void *ctx,
                                        fl_err *err) FL_NODISCARD;
+// All updates with a greater id, in order.
+fl_status coord_store_each_update_after(coord_store *s, int64_t id, coord_update_fn fn, void *ctx,
+                                        fl_err *err) FL_NODISCARD;
 // All admitted updates of one task.
 fl_status coord_store_each_task_update(coord_store *s, int64_t task, coord_update_fn fn, void *ctx,
                                        fl_err *err) FL_NODISCARD;

@@ -80,6 +80,23 @@ fl_status coord_store_set_layer(coord_store *s, const coord_layer_row *row, int6
                          (size_t)COORD_DIGEST, row->size, row->round, updates);
 }
 
+fl_status coord_store_find_layer(coord_store *s, uint32_t layer, int64_t version,
+                                 uint8_t ret_digest[COORD_DIGEST], fl_err *err) {
+    sqlite3_stmt *stmt = NULL;
+    bool found = false;
+    FL_TRY(coord_sql(s, &stmt, err,
+                     "SELECT digest FROM layer_history WHERE layer = ? AND version = ?", "ii",
+                     (int64_t)layer, version));
+    fl_status st = coord_sql_step(s, stmt, &found, err);
+    if (st == FL_OK && !found)
+        st = FL_FAIL(err, FL_ENOENT, "version %lld of layer %u is not kept", (long long)version,
+                     layer);
+    if (st == FL_OK && !coord_col_blob(stmt, 0, ret_digest, COORD_DIGEST))
+        st = FL_FAIL(err, FL_EFORMAT, "a row names an object without a digest");
+    coord_sql_end(stmt);
+    return st;
+}
+
 fl_status coord_store_is_layer(coord_store *s, const uint8_t digest[COORD_DIGEST], bool *ret,
                                fl_err *err) {
     int64_t found = 0;
@@ -267,6 +284,14 @@ fl_status coord_store_each_open_update(coord_store *s, coord_update_fn fn, void 
     sqlite3_stmt *stmt = NULL;
     FL_TRY(coord_sql(s, &stmt, err,
                      "SELECT " UPDATE_COLUMNS " FROM updates WHERE round = 0 ORDER BY id", ""));
+    return each_update(s, stmt, fn, ctx, err);
+}
+
+fl_status coord_store_each_update_after(coord_store *s, int64_t id, coord_update_fn fn, void *ctx,
+                                        fl_err *err) {
+    sqlite3_stmt *stmt = NULL;
+    FL_TRY(coord_sql(s, &stmt, err,
+                     "SELECT " UPDATE_COLUMNS " FROM updates WHERE id > ? ORDER BY id", "i", id));
     return each_update(s, stmt, fn, ctx, err);
 }
 

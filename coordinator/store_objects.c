@@ -1,16 +1,11 @@
 // Content-addressed files, and the spool of accepted updates.
 #include "common/crypto.h"
-#include "common/fault.h"
 #include "common/file.h"
 #include "coordinator/store_sql.h"
 
-#include <dirent.h>
-#include <errno.h>
-#include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 enum { PIECE = 1 << 18 };
 
@@ -33,11 +28,12 @@ fl_status coord_store_put_object(coord_store *s, fl_bytes bytes, uint8_t ret_dig
     uint8_t digest[COORD_DIGEST];
     fl_hash(bytes, digest);
     coord_store_object_path(s, digest, path);
-    if (!fl_file_exists(path)) FL_TRY(fl_file_replace(path, bytes, err));
+    if (!s->disk->ops->exists(s->disk, path)) FL_TRY(coord_disk_replace(s->disk, path, bytes, err));
     memcpy(ret_digest, digest, sizeof(digest));
     return FL_OK;
 }
 
+// Import is a command's, from a file of the owner's: it is of the system's disk only.
 // The file's bytes go to `out` (when not NULL) and into the digest, piece by piece.
 static fl_status copy_hashed(const char *path, fl_file *out, uint8_t digest[COORD_DIGEST],
                              uint64_t *ret_size, fl_err *err) {
@@ -94,7 +90,7 @@ fl_status coord_store_get_object(coord_store *s, const uint8_t digest[COORD_DIGE
     uint8_t found[COORD_DIGEST], *data = NULL;
     size_t size = 0;
     coord_store_object_path(s, digest, path);
-    FL_TRY(fl_file_read(path, size_max, &data, &size, err));
+    FL_TRY(coord_disk_read_all(s->disk, path, size_max, &data, &size, err));
     fl_hash((fl_bytes){data, size}, found);
     if (memcmp(found, digest, sizeof(found)) != 0) {
         free(data);
@@ -105,35 +101,35 @@ fl_status coord_store_get_object(coord_store *s, const uint8_t digest[COORD_DIGE
     return FL_OK;
 }
 
+fl_status coord_store_read_object(coord_store *s, const uint8_t digest[COORD_DIGEST],
+                                  uint64_t offset, uint8_t *out, size_t size, size_t *ret_got,
+                                  uint64_t *ret_total, fl_err *err) {
+    char path[COORD_PATH_MAX];
+    coord_file *f = NULL;
+    coord_store_object_path(s, digest, path);
+    FL_TRY(s->disk->ops->open(s->disk, path, false, &f, err));
+    fl_status st = s->disk->ops->size(s->disk, f, ret_total, err);
+    if (st == FL_OK) st = s->disk->ops->read(s->disk, f, offset, out, size, ret_got, err);
+    s->disk->ops->close(s->disk, f);
+    return st;
+}
+
 void coord_spool_path(const coord_store *s, int64_t spool, char ret_path[COORD_PATH_MAX]) {
     snprintf(ret_path, COORD_PATH_MAX, "%s/spool/%lld", s->dir, (long long)spool);
 }
 
 void coord_spool_close(coord_store *s) {
-    if (s->spool_fd >= 0) close(s->spool_fd);
-    s->spool_fd = -1;
+    s->disk->ops->close(s->disk, s->spool_file);
+    s->spool_file = NULL;
     s->spool_dirty = false;
-}
-
-static fl_status spool_fail(const coord_store *s, const char *verb, fl_err *err) {
-    return FL_FAIL(err, FL_EIO, "cannot %s %s/spool: %s", verb, s->dir, strerror(errno));
-}
-
-static fl_status sync_spool_folder(const coord_store *s, fl_err *err) {
-    char path[COORD_PATH_MAX];
-    snprintf(path, sizeof(path), "%s/spool", s->dir);
-    const int fd = fl_fault() ? -1 : open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    if (fd < 0) return spool_fail(s, "open", err);
-    const bool ok = !fl_fault() && fsync(fd) == 0;
-    close(fd);
-    return ok ? FL_OK : spool_fail(s, "sync", err);
 }
 
 // Opens spool file `spool` behind the last bytes that a row names: what lies after them was never
 // acknowledged.
 static fl_status spool_open(coord_store *s, int64_t spool, fl_err *err) {
     char path[COORD_PATH_MAX];
-    if (s->spool_fd >= 0 && s->spool == spool) return FL_OK;
+    coord_file *f = NULL;
+    if (s->spool_file != NULL && s->spool == spool) return FL_OK;
     coord_spool_close(s);
     int64_t size = 0;
     FL_TRY(coord_sql_integer(s, &size, err,
@@ -141,22 +137,15 @@ static fl_status spool_open(coord_store *s, int64_t spool, fl_err *err) {
                              " WHERE round = 0 AND spool = ?",
                              "i", spool));
     coord_spool_path(s, spool, path);
-    const bool is_new = !fl_file_exists(path);
-    const int fd = fl_fault() ? -1 : open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600);
-    if (fd < 0) return spool_fail(s, "open", err);
-    if (fl_fault() || ftruncate(fd, size) != 0) {
-        const fl_status st = spool_fail(s, "cut", err);
-        close(fd);
+    const bool is_new = !s->disk->ops->exists(s->disk, path);
+    FL_TRY(s->disk->ops->open(s->disk, path, true, &f, err));
+    fl_status st = s->disk->ops->truncate(s->disk, f, (uint64_t)size, err);
+    if (st == FL_OK && is_new) st = coord_disk_sync_parent(s->disk, path, err);
+    if (st != FL_OK) {
+        s->disk->ops->close(s->disk, f);
         return st;
     }
-    if (is_new) {
-        const fl_status st = sync_spool_folder(s, err);
-        if (st != FL_OK) {
-            close(fd);
-            return st;
-        }
-    }
-    s->spool_fd = fd;
+    s->spool_file = f;
     s->spool = spool;
     s->spool_size = size;
     return FL_OK;
@@ -165,14 +154,7 @@ static fl_status spool_open(coord_store *s, int64_t spool, fl_err *err) {
 fl_status coord_store_spool(coord_store *s, int64_t spool, fl_bytes bytes, coord_spooled *ret,
                             fl_err *err) {
     FL_TRY(spool_open(s, spool, err));
-    for (size_t done = 0; done < bytes.size;) {
-        const ssize_t n = fl_fault() ? (errno = ENOSPC, -1)
-                                     : pwrite(s->spool_fd, bytes.data + done, bytes.size - done,
-                                              (off_t)s->spool_size + (off_t)done);
-        if (n < 0 && errno == EINTR) continue;
-        if (n <= 0) return spool_fail(s, "write", err);
-        done += (size_t)n;
-    }
+    FL_TRY(s->disk->ops->write(s->disk, s->spool_file, (uint64_t)s->spool_size, bytes, err));
     *ret = (coord_spooled){.spool = spool, .offset = s->spool_size, .size = (int64_t)bytes.size};
     fl_hash(bytes, ret->digest);
     s->spool_size += (int64_t)bytes.size;
@@ -182,7 +164,7 @@ fl_status coord_store_spool(coord_store *s, int64_t spool, fl_bytes bytes, coord
 
 fl_status coord_spool_sync(coord_store *s, fl_err *err) {
     if (!s->spool_dirty) return FL_OK;
-    if (fl_fault() || fdatasync(s->spool_fd) != 0) return spool_fail(s, "sync", err);
+    FL_TRY(s->disk->ops->sync(s->disk, s->spool_file, err));
     s->spool_dirty = false;
     return FL_OK;
 }
@@ -190,20 +172,17 @@ fl_status coord_spool_sync(coord_store *s, fl_err *err) {
 fl_status coord_store_unspool(coord_store *s, const coord_spooled *at, uint8_t *data, fl_err *err) {
     char path[COORD_PATH_MAX];
     uint8_t digest[COORD_DIGEST];
-    coord_spool_path(s, at->spool, path);
-    const int fd = fl_fault() ? -1 : open(path, O_RDONLY | O_CLOEXEC | O_NOFOLLOW);
-    if (fd < 0) return spool_fail(s, "open", err);
-    size_t done = 0;
+    coord_file *f = NULL;
+    size_t got = 0;
     const size_t size = (size_t)at->size;
-    while (done < size) {
-        const ssize_t n = pread(fd, data + done, size - done, (off_t)at->offset + (off_t)done);
-        if (n < 0 && errno == EINTR) continue;
-        if (n <= 0) break;
-        done += (size_t)n;
-    }
-    close(fd);
-    if (done == size) fl_hash((fl_bytes){data, size}, digest);
-    if (done != size || memcmp(digest, at->digest, sizeof(digest)) != 0)
+    coord_spool_path(s, at->spool, path);
+    FL_TRY(s->disk->ops->open(s->disk, path, false, &f, err));
+    const fl_status st =
+        s->disk->ops->read(s->disk, f, (uint64_t)at->offset, data, size, &got, err);
+    s->disk->ops->close(s->disk, f);
+    FL_TRY(st);
+    if (got == size) fl_hash((fl_bytes){data, size}, digest);
+    if (got != size || memcmp(digest, at->digest, sizeof(digest)) != 0)
         return FL_FAIL(err, FL_EFORMAT, "%s is damaged at %lld", path, (long long)at->offset);
     return FL_OK;
 }
@@ -232,26 +211,35 @@ static fl_status spool_is_named(coord_store *s, const char *name, bool *ret, fl_
     FL_TRY(coord_sql_integer(s, &found, err,
                              "SELECT EXISTS(SELECT 1 FROM updates WHERE round = 0 AND spool = ?)",
                              "i", (int64_t)spool));
-    *ret = found != 0 || (s->spool_fd >= 0 && s->spool == spool);
+    *ret = found != 0 || (s->spool_file != NULL && s->spool == spool);
+    return FL_OK;
+}
+
+typedef struct sweeper {
+    coord_store *s;
+    const char *folder;
+    fl_status (*is_named)(coord_store *, const char *, bool *, fl_err *);
+} sweeper;
+
+static fl_status sweep_name(void *ctx, const char *name, fl_err *err) {
+    const sweeper *w = ctx;
+    char path[COORD_PATH_MAX];
+    bool named = true;
+    FL_TRY(w->is_named(w->s, name, &named, err));
+    if (named) return FL_OK;
+    const int n = snprintf(path, sizeof(path), "%s/%s/%s", w->s->dir, w->folder, name);
+    if (n > 0 && (size_t)n < sizeof(path)) // what cannot be removed stays for the next sweep
+        (void)w->s->disk->ops->unlink(w->s->disk, path, NULL);
     return FL_OK;
 }
 
 static fl_status sweep(coord_store *s, const char *folder,
                        fl_status (*is_named)(coord_store *, const char *, bool *, fl_err *),
                        fl_err *err) {
+    sweeper w = {s, folder, is_named};
     char path[COORD_PATH_MAX];
     snprintf(path, sizeof(path), "%s/%s", s->dir, folder);
-    DIR *dir = fl_fault() ? NULL : opendir(path);
-    if (dir == NULL) return FL_FAIL(err, FL_EIO, "cannot read %s", path);
-    fl_status st = FL_OK;
-    for (const struct dirent *e; st == FL_OK && (e = readdir(dir)) != NULL;) {
-        bool named = true;
-        if (e->d_name[0] == '.') continue;
-        st = is_named(s, e->d_name, &named, err);
-        if (st == FL_OK && !named) unlinkat(dirfd(dir), e->d_name, 0); // stays for the next sweep
-    }
-    closedir(dir);
-    return st;
+    return s->disk->ops->list(s->disk, path, sweep_name, &w, err);
 }
 
 fl_status coord_store_sweep(coord_store *s, fl_err *err) {

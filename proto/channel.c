@@ -29,6 +29,7 @@ struct fl_channel {
     fl_secret *self;
     fl_channel_role role;
     const fl_secret *identity;
+    const fl_pk *pk;
     uint8_t identity_key[FL_KEY_SIZE], peer_key[FL_KEY_SIZE], update_key[FL_KEY_SIZE];
     uint64_t counter_max;
     pending next;
@@ -45,6 +46,7 @@ fl_status fl_channel_open(const fl_channel_opts *opts, fl_channel **ret, fl_err 
     ch->self = memory;
     ch->role = opts->role;
     ch->identity = opts->identity;
+    ch->pk = opts->pk == NULL ? &fl_pk_real : opts->pk;
     ch->counter_max = opts->counter_max == 0 ? FL_CHANNEL_COUNTER_MAX : opts->counter_max;
     memcpy(ch->identity_key, opts->identity_key, FL_KEY_SIZE);
     memcpy(ch->peer_key, opts->peer_key, FL_KEY_SIZE);
@@ -122,13 +124,13 @@ static signed_text text_to_sign(fl_channel_role signer, const uint8_t transcript
     return t;
 }
 
-static fl_status derive(const uint8_t secret[FL_DH_KEY], const uint8_t peer[FL_DH_KEY],
-                        const uint8_t transcript[FL_HASH_SIZE], uint8_t ret_keys[KEYS_SIZE],
-                        fl_err *err) {
+static fl_status derive(const fl_pk *pk, const uint8_t secret[FL_DH_KEY],
+                        const uint8_t peer[FL_DH_KEY], const uint8_t transcript[FL_HASH_SIZE],
+                        uint8_t ret_keys[KEYS_SIZE], fl_err *err) {
     static const char label[] = "fleetune/1 keys";
     fl_secret *mine = NULL, *shared = NULL;
     FL_TRY(fl_secret_copy((fl_bytes){secret, FL_DH_KEY}, &mine, err));
-    const fl_status st = fl_dh(mine, peer, &shared, err);
+    const fl_status st = pk->dh(mine, peer, &shared, err);
     if (st == FL_OK) {
         fl_hasher h;
         fl_hash_init(&h, fl_secret_view(shared), KEYS_SIZE);
@@ -141,10 +143,11 @@ static fl_status derive(const uint8_t secret[FL_DH_KEY], const uint8_t peer[FL_D
     return st;
 }
 
-static fl_status public_of(const uint8_t secret[FL_DH_KEY], uint8_t ret[FL_DH_KEY], fl_err *err) {
+static fl_status public_of(const fl_pk *pk, const uint8_t secret[FL_DH_KEY],
+                           uint8_t ret[FL_DH_KEY], fl_err *err) {
     fl_secret *mine = NULL;
     FL_TRY(fl_secret_copy((fl_bytes){secret, FL_DH_KEY}, &mine, err));
-    const fl_status st = fl_dh_key(mine, ret, err);
+    const fl_status st = pk->dh_key(mine, ret, err);
     fl_secret_close(mine);
     return st;
 }
@@ -153,7 +156,7 @@ fl_status fl_channel_hello(fl_channel *ch, const uint8_t random[FL_CHANNEL_RANDO
                            fl_err *err) {
     FL_ASSERT(ch->role == FL_CHANNEL_NODE);
     fl_hello hello = {.protocol = FL_PROTOCOL};
-    FL_TRY(public_of(random, hello.ephemeral_key, err));
+    FL_TRY(public_of(ch->pk, random, hello.ephemeral_key, err));
     memcpy(hello.identity_key, ch->identity_key, FL_KEY_SIZE);
     memcpy(hello.nonce, random + RANDOM_NONCE, FL_KEY_SIZE);
     memcpy(hello.software, "fleetune-" FL_VERSION, sizeof("fleetune-" FL_VERSION));
@@ -183,12 +186,12 @@ fl_status fl_channel_on_hello(fl_channel *ch, const fl_hello *hello,
     while (reply.session == 0 || reply.session == ch->live.id) reply.session++; // 0 means clear
     memcpy(reply.nonce, random + RANDOM_NONCE, FL_KEY_SIZE);
     memcpy(reply.update_key, ch->update_key, FL_KEY_SIZE);
-    FL_TRY(public_of(random, reply.ephemeral_key, err));
+    FL_TRY(public_of(ch->pk, random, reply.ephemeral_key, err));
     make_transcript(ch->peer_key, ch->identity_key, hello, &reply, transcript);
-    FL_TRY(derive(random, hello->ephemeral_key, transcript, keys, err));
+    FL_TRY(derive(ch->pk, random, hello->ephemeral_key, transcript, keys, err));
     const signed_text t = text_to_sign(FL_CHANNEL_COORDINATOR, transcript);
     const fl_status st =
-        fl_sign(ch->identity, (fl_bytes){t.bytes, sizeof(t.bytes)}, reply.signature, err);
+        ch->pk->sign(ch->identity, (fl_bytes){t.bytes, sizeof(t.bytes)}, reply.signature, err);
     if (st == FL_OK) {
         forget_handshake(ch);
         ch->next.waiting = true;
@@ -213,14 +216,14 @@ fl_status fl_channel_on_reply(fl_channel *ch, const fl_hello_reply *reply, fl_he
     uint8_t transcript[FL_HASH_SIZE], keys[KEYS_SIZE];
     make_transcript(ch->identity_key, ch->peer_key, &ch->next.hello, reply, transcript);
     const signed_text theirs = text_to_sign(FL_CHANNEL_COORDINATOR, transcript);
-    if (!fl_sign_check(ch->peer_key, (fl_bytes){theirs.bytes, sizeof(theirs.bytes)},
+    if (!ch->pk->sign_check(ch->peer_key, (fl_bytes){theirs.bytes, sizeof(theirs.bytes)},
                        reply->signature))
         return FL_FAIL(err, FL_EAUTH, "whoever answers is not the coordinator this node joined");
-    FL_TRY(derive(ch->ephemeral, reply->ephemeral_key, transcript, keys, err));
+    FL_TRY(derive(ch->pk, ch->ephemeral, reply->ephemeral_key, transcript, keys, err));
     fl_hello_finish finish = {.session = reply->session};
     const signed_text mine = text_to_sign(FL_CHANNEL_NODE, transcript);
-    const fl_status st =
-        fl_sign(ch->identity, (fl_bytes){mine.bytes, sizeof(mine.bytes)}, finish.signature, err);
+    const fl_bytes text = {mine.bytes, sizeof(mine.bytes)};
+    const fl_status st = ch->pk->sign(ch->identity, text, finish.signature, err);
     if (st == FL_OK) {
         forget_handshake(ch);
         ch->live = (session){.id = reply->session};
@@ -237,7 +240,7 @@ fl_status fl_channel_on_finish(fl_channel *ch, const fl_hello_finish *finish, fl
     if (!ch->next.waiting || finish->session != ch->next.reply.session)
         return FL_FAIL(err, FL_ESTATE, "the end of no handshake");
     const signed_text t = text_to_sign(FL_CHANNEL_NODE, ch->next.transcript);
-    if (!fl_sign_check(ch->peer_key, (fl_bytes){t.bytes, sizeof(t.bytes)}, finish->signature))
+    if (!ch->pk->sign_check(ch->peer_key, (fl_bytes){t.bytes, sizeof(t.bytes)}, finish->signature))
         return FL_FAIL(err, FL_EAUTH, "the node's signature does not hold");
     ch->live = (session){.id = finish->session};
     memcpy(ch->keys, ch->next_keys, KEYS_SIZE);

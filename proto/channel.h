@@ -39,6 +39,7 @@ typedef struct fl_channel_opts {
     const uint8_t *identity_key; // own Ed25519 public key [32], copied
     const uint8_t *peer_key;     // the peer's, pinned at enrolment [32], copied
     const uint8_t *update_key;   // coordinator only: what HELLO_REPLY announces [32]
+    const fl_pk *pk;             // NULL: fl_pk_real
     uint64_t counter_max;        // 0: FL_CHANNEL_COUNTER_MAX; tests set it small
 } fl_channel_opts;
 

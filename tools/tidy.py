@@ -29,9 +29,13 @@ MODULES = {
                       "node/commands/*"],
                      "base sys crypto kernels wire channel link model luc exits tune schedule "
                      "client serve"),
-    "coordinator program": (["coordinator/main", "coordinator/loop*", "coordinator/commands/*",
+    "coordinator": (["coordinator/main", "coordinator/loop*", "coordinator/commands/*",
                              "coordinator/settings", "coordinator/shape", "coordinator/keys"],
                             "base sys crypto kernels wire channel link round aggregate store web"),
+    # The whole federation in one process: both pure cores, the loop and the store.
+    "simulator": (["sim/*"],
+                  "base sys crypto wire channel link client round aggregate store "
+                  "coordinator"),
 }
 FREE = ("tests/", "bench/")  # may include any module
 ONLY_IN = {  # third-party header -> the only files that may include it
