@@ -78,7 +78,7 @@ static void study(double sparse, double skew, uint32_t rounds) {
         double clip;
         bool filter;
     } rows[] = {
-        {COORD_RULE_MEAN, 1, false},    {COORD_RULE_MEAN, 1, true},
+        {COORD_RULE_CLIPPED, 1, false}, {COORD_RULE_CLIPPED, 1, true},
         {COORD_RULE_MEDIAN, 1, false},  {COORD_RULE_TRIMMED, 1, false},
         {COORD_RULE_KRUM, 1, false},    {COORD_RULE_MULTI_KRUM, 1, false},
         {COORD_RULE_CENTRED, 0, false}, {COORD_RULE_CENTRED, 0, true},

@@ -137,6 +137,10 @@ fl_status coord_loop_fold(coord_loop *loop, const fl_update *update, uint64_t we
                           fl_err *err) {
     coord_sum *sum = &loop->sum[update->info.layer];
     const uint32_t count = update->info.count;
+    if (loop->settings.rule != COORD_RULE_MEAN) { // the flush reads it back from the spool
+        sum->updates++;
+        return FL_OK;
+    }
     if (sum->count == 0) FL_TRY(coord_sum_init(sum, count, err));
     int64_t *values = malloc(count * sizeof(*values));
     if (values == NULL) return FL_FAIL(err, FL_ENOMEM, "no memory for an update");
@@ -217,6 +221,13 @@ static fl_status admit(coord_loop *loop, uint32_t node, const fl_update_begin *b
                             a->norm, a->clip < COORD_ONE ? ", clipped" : "");
 }
 
+// A node may say that it trained on more than its task has; it does not weigh more for that.
+static uint64_t believed_tokens(const coord_loop *loop, uint64_t tokens) {
+    const coord_settings *s = &loop->settings;
+    const uint64_t most = (uint64_t)s->steps * (uint64_t)s->sequence * (uint64_t)s->micro_batch;
+    return tokens < most ? tokens : most;
+}
+
 // The update is complete: every check, then the ledger, then the sum. Ends the upload.
 static fl_status conclude(coord_loop *loop, uint32_t node, uint64_t now_ms, fl_err *err) {
     coord_upload *u = &loop->sessions[node].upload;
@@ -242,13 +253,15 @@ static fl_status conclude(coord_loop *loop, uint32_t node, uint64_t now_ms, fl_e
         return refuse(loop, node, &b.key, code, why.text, err);
     }
     if (code != FL_CODE_NONE) ev.kind = COORD_EV_REFUSED;
+    if (code == FL_CODE_NORM || code == FL_CODE_NOT_FINITE || code == FL_CODE_MALFORMED)
+        coord_conduct_note(&loop->conducts, loop->registry.members[node].id, -1.0);
     fl_status st = coord_round_step(&loop->round, &ev, &fx, err);
     if (st == FL_OK && code == FL_CODE_NONE && fx.code != FL_CODE_NONE) {
         code = fx.code; // changed since it was offered
         (void)FL_FAIL(&why, FL_ESTATE, "%s", fl_code_text(code));
     }
     if (st == FL_OK && code == FL_CODE_NONE) {
-        a.weight = coord_weight(b.tokens, fx.staleness);
+        a.weight = coord_weight(believed_tokens(loop, b.tokens), fx.staleness);
         st = admit(loop, node, &b, &a, err);
     }
     coord_loop_drop_upload(loop, node);

@@ -30,6 +30,7 @@ uint32_t coord_byzantine(double byzantine, uint32_t m) {
 // Does the rule work with m voices of which f are bad?
 static bool allowed(coord_rule rule, uint32_t m, uint32_t f, bool has_root) {
     switch (rule) {
+    case COORD_RULE_CLIPPED:
     case COORD_RULE_MEDIAN:
         return m >= 3;
     case COORD_RULE_TRIMMED:
@@ -49,9 +50,10 @@ static bool allowed(coord_rule rule, uint32_t m, uint32_t f, bool has_root) {
 coord_rule coord_rule_for(coord_rule rule, uint32_t m, double byzantine, bool has_root,
                           char reason[COORD_RULE_REASON]) {
     static const coord_rule simpler[COORD_RULE_COUNT] = {
-        [COORD_RULE_MEAN] = COORD_RULE_MEAN,         [COORD_RULE_MEDIAN] = COORD_RULE_MEAN,
-        [COORD_RULE_TRIMMED] = COORD_RULE_MEDIAN,    [COORD_RULE_KRUM] = COORD_RULE_TRIMMED,
-        [COORD_RULE_MULTI_KRUM] = COORD_RULE_TRIMMED, [COORD_RULE_CENTRED] = COORD_RULE_MEAN,
+        [COORD_RULE_MEAN] = COORD_RULE_MEAN,          [COORD_RULE_CLIPPED] = COORD_RULE_MEAN,
+        [COORD_RULE_MEDIAN] = COORD_RULE_CLIPPED,
+        [COORD_RULE_TRIMMED] = COORD_RULE_MEDIAN,     [COORD_RULE_KRUM] = COORD_RULE_TRIMMED,
+        [COORD_RULE_MULTI_KRUM] = COORD_RULE_TRIMMED, [COORD_RULE_CENTRED] = COORD_RULE_CLIPPED,
         [COORD_RULE_FLTRUST] = COORD_RULE_CENTRED,
     };
     const uint32_t f = coord_byzantine(byzantine, m);
@@ -71,7 +73,7 @@ coord_rule coord_rule_for(coord_rule rule, uint32_t m, double byzantine, bool ha
 // The rule for the voices that are left when outliers were left out: f of them may still be bad. A
 // rule that has nothing left to do is a mean of what is left.
 static coord_rule left_over(coord_rule rule, uint32_t m, uint32_t f) {
-    return allowed(rule, m, f, true) ? rule : COORD_RULE_MEAN;
+    return allowed(rule, m, f, true) ? rule : COORD_RULE_CLIPPED;
 }
 
 typedef struct work {
@@ -158,12 +160,12 @@ static fl_status survey(work *w, fl_err *err) {
 }
 
 // What norm clipping leaves of each voice.
-static void clip_norms(work *w) {
+static void clip_norms(work *w, coord_rule rule) {
     for (uint32_t v = 0; v < w->m; v++) {
         w->factor[v] = 1.0;
         w->sorted[v] = sqrt(w->norm2[v]);
     }
-    if (w->opts->clip <= 0.0 || w->m < 3) return;
+    if (w->opts->clip <= 0.0 || w->m < 3 || rule == COORD_RULE_MEAN) return;
     const double limit = w->opts->clip * coord_lower_median(w->sorted, w->m);
     for (uint32_t v = 0; v < w->m && limit > 0.0; v++) {
         const double norm = sqrt(w->norm2[v]);
@@ -314,9 +316,10 @@ static fl_status apply(work *w, coord_rule rule, double *mean, coord_opinion *op
     memset(w->sorted, 0, 7 * (size_t)w->m * sizeof(double));
     if (w->gram != NULL) memset(w->gram, 0, (size_t)w->m * w->m * sizeof(double));
     FL_TRY(survey(w, err));
-    clip_norms(w);
+    clip_norms(w, rule);
     switch (rule) {
     case COORD_RULE_MEAN:
+    case COORD_RULE_CLIPPED:
         weigh(w, NULL);
         break;
     case COORD_RULE_KRUM:

@@ -6,7 +6,8 @@
 // rounded double operations over voices in that order, so the same set of updates gives the same
 // bits whatever order it came in, on every machine.
 //
-//   mean          sum w_i x_i / sum w_i, norms clipped to clip x the batch's median norm
+//   mean          sum w_i x_i / sum w_i
+//   clipped-mean  the same, of norms cut to clip x the batch's median norm (as in all but mean)
 //   median        of each coordinate; the mean of the middle two when they are even
 //   trimmed-mean  each coordinate without its f smallest and f largest, weighted mean of the rest
 //   krum          the update with the least sum of its m - f - 2 smallest squared distances
@@ -32,6 +33,7 @@ enum {
 
 #define COORD_RULE_LIST(X)                                                                         \
     X(MEAN, "mean")                                                                                \
+    X(CLIPPED, "clipped-mean")                                                                     \
     X(MEDIAN, "median")                                                                            \
     X(TRIMMED, "trimmed-mean")                                                                     \
     X(KRUM, "krum")                                                                                \
@@ -66,7 +68,8 @@ typedef fl_status (*coord_voice_read)(void *ctx, uint32_t v, size_t first, size_
 typedef struct coord_robust_opts {
     coord_rule rule;
     double byzantine;    // share below 1, or a count
-    double clip;         // norms are cut to this times the batch's median norm; 0: they are not
+    double clip;         // norms are cut to this times the batch's median norm; 0: they are not;
+                         // the mean and centred clipping do not look at it
     bool filter;         // outliers are left out, at most f of them, and the rule is applied again
     double radius;       // of centred clipping; 0: the median distance, found anew each time
     uint32_t iterations; // of centred clipping, >= 1

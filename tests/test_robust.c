@@ -84,7 +84,7 @@ static void test_golden_numbers(void) {
          {8.09011848602176, 2.89927517276537, -12.3750977266575, 1.06784862700555,
           -6.94841893399176},
          "g = X[2]"},
-        {{.rule = COORD_RULE_MEAN, .clip = 2, .root = COORD_NO_ROOT},
+        {{.rule = COORD_RULE_CLIPPED, .clip = 2, .root = COORD_NO_ROOT},
          {2.83965360483783, 7.03497850461006, 0.98030340438229, -10.1943438582999,
           -7.46330467281341},
          "rows times minimum(1, 2 sort(n)[3] / n), average with w"},
@@ -412,6 +412,8 @@ static void test_too_few_fall_back_and_say_so(void) {
     } cases[] = {
         {COORD_RULE_MEAN, 1, 0.2, false, COORD_RULE_MEAN},
         {COORD_RULE_MEDIAN, 2, 0.2, false, COORD_RULE_MEAN},
+        {COORD_RULE_CLIPPED, 2, 0.2, false, COORD_RULE_MEAN},
+        {COORD_RULE_CLIPPED, 3, 0.2, false, COORD_RULE_CLIPPED},
         {COORD_RULE_MEDIAN, 3, 0.2, false, COORD_RULE_MEDIAN},
         {COORD_RULE_TRIMMED, 3, 1, false, COORD_RULE_TRIMMED},
         {COORD_RULE_TRIMMED, 4, 2, false, COORD_RULE_MEDIAN},
@@ -423,10 +425,10 @@ static void test_too_few_fall_back_and_say_so(void) {
         {COORD_RULE_MULTI_KRUM, 9, 3, false, COORD_RULE_MULTI_KRUM},
         {COORD_RULE_MULTI_KRUM, 6, 3, false, COORD_RULE_MEDIAN},
         {COORD_RULE_CENTRED, 5, 0.2, false, COORD_RULE_CENTRED},
-        {COORD_RULE_CENTRED, 4, 0.2, false, COORD_RULE_MEAN},
+        {COORD_RULE_CENTRED, 4, 0.2, false, COORD_RULE_CLIPPED},
         {COORD_RULE_FLTRUST, 2, 0.2, true, COORD_RULE_FLTRUST},
         {COORD_RULE_FLTRUST, 7, 0.2, false, COORD_RULE_CENTRED},
-        {COORD_RULE_FLTRUST, 3, 0.2, false, COORD_RULE_MEAN},
+        {COORD_RULE_FLTRUST, 3, 0.2, false, COORD_RULE_CLIPPED},
     };
     char reason[COORD_RULE_REASON];
     for (size_t k = 0; k < FL_COUNT(cases); k++) {
