@@ -78,10 +78,10 @@ static void study(double sparse, double skew, uint32_t rounds) {
         double clip;
         bool filter;
     } rows[] = {
+        {COORD_RULE_CENTRED, 0, true},  {COORD_RULE_CENTRED, 0, false},
         {COORD_RULE_CLIPPED, 1, false}, {COORD_RULE_CLIPPED, 1, true},
         {COORD_RULE_MEDIAN, 1, false},  {COORD_RULE_TRIMMED, 1, false},
         {COORD_RULE_KRUM, 1, false},    {COORD_RULE_MULTI_KRUM, 1, false},
-        {COORD_RULE_CENTRED, 0, false}, {COORD_RULE_CENTRED, 0, true},
         {COORD_RULE_FLTRUST, 0, false},
     };
     const fleet_run plain = {.opts = {.rule = COORD_RULE_MEAN, .root = COORD_NO_ROOT},
@@ -124,9 +124,9 @@ static void study(double sparse, double skew, uint32_t rounds) {
 int main(int argc, char **argv) {
     const bool smoke = argc > 1 && strcmp(argv[1], "--smoke") == 0;
     if (argc > 1 && strcmp(argv[1], "--study") == 0) {
+        study(0.05, 0.3, 40);
         study(1, 0.3, 40);
         study(1, 0.8, 40);
-        study(0.05, 0.8, 40);
         return 0;
     }
     return speed(smoke ? 1 : 20);

@@ -282,27 +282,45 @@ fl_status fl_dh_key(const fl_secret *secret, uint8_t ret_key[FL_DH_KEY], fl_err 
     return FL_OK;
 }
 
+static void raw_dh_key(const uint8_t secret[FL_DH_KEY], uint8_t ret_key[FL_DH_KEY]) {
+    crypto_scalarmult_base(ret_key, secret);
+}
+
+static fl_status raw_dh(const uint8_t secret[FL_DH_KEY], const uint8_t peer[FL_DH_KEY],
+                        uint8_t ret_shared[FL_DH_KEY], fl_err *err) {
+    if (crypto_scalarmult(ret_shared, secret, peer) == 0) return FL_OK;
+    return FL_FAIL(err, FL_EAUTH, "the peer's key gives no shared secret");
+}
+
 fl_status fl_dh(const fl_secret *secret, const uint8_t peer[FL_DH_KEY], fl_secret **ret,
                 fl_err *err) {
     if (secret->size != FL_DH_KEY) return FL_FAIL(err, FL_EARG, "not a key for agreement");
     fl_secret *shared = NULL;
     FL_TRY(fl_secret_open(FL_DH_KEY, &shared, err));
-    if (crypto_scalarmult(shared->data, secret->data, peer) != 0) {
+    const fl_status st = raw_dh(secret->data, peer, shared->data, err);
+    if (st == FL_OK)
+        *ret = shared;
+    else
         fl_secret_close(shared);
-        return FL_FAIL(err, FL_EAUTH, "the peer's key gives no shared secret");
-    }
-    *ret = shared;
-    return FL_OK;
+    return st;
 }
 
-// ---- sealing
+static void *locked_take(size_t size) {
+    void *p = fl_fault() ? NULL : sodium_malloc((size + 15) & ~(size_t)15); // keeps it aligned
+    if (p != NULL) memset(p, 0, size);
+    return p;
+}
 
 const fl_pk fl_pk_real = {
     .sign = fl_sign,
     .sign_check = fl_sign_check,
-    .dh_key = fl_dh_key,
-    .dh = fl_dh,
+    .dh_key = raw_dh_key,
+    .dh = raw_dh,
+    .take = locked_take,
+    .give = sodium_free,
 };
+
+// ---- sealing
 
 void fl_seal(const uint8_t key[FL_SEAL_KEY], const uint8_t nonce[FL_SEAL_NONCE], fl_bytes data,
              fl_bytes plain, uint8_t *out) {

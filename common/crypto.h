@@ -61,16 +61,19 @@ fl_status fl_dh_key(const fl_secret *secret, uint8_t ret_key[FL_DH_KEY], fl_err 
 fl_status fl_dh(const fl_secret *secret, const uint8_t peer[FL_DH_KEY], fl_secret **ret,
                 fl_err *err) FL_NODISCARD;
 
-// The public-key operations above as a table. Everything real uses fl_pk_real; a simulator that
-// shakes hands a million times brings its own, which lives in the simulator alone.
+// What a handshake needs of the above, as a table; secrets are the caller's to keep and to wipe.
+// Everything real uses fl_pk_real; a simulator that shakes hands a million times brings its own,
+// which lives in the simulator alone.
 typedef struct fl_pk {
     fl_status (*sign)(const fl_secret *seed, fl_bytes message, uint8_t ret[FL_SIGN_SIZE],
                       fl_err *err);
     bool (*sign_check)(const uint8_t key[FL_SIGN_KEY], fl_bytes message,
                        const uint8_t sig[FL_SIGN_SIZE]);
-    fl_status (*dh_key)(const fl_secret *secret, uint8_t ret_key[FL_DH_KEY], fl_err *err);
-    fl_status (*dh)(const fl_secret *secret, const uint8_t peer[FL_DH_KEY], fl_secret **ret,
-                    fl_err *err);
+    void (*dh_key)(const uint8_t secret[FL_DH_KEY], uint8_t ret_key[FL_DH_KEY]);
+    fl_status (*dh)(const uint8_t secret[FL_DH_KEY], const uint8_t peer[FL_DH_KEY],
+                    uint8_t ret_shared[FL_DH_KEY], fl_err *err); // FL_EAUTH as fl_dh
+    void *(*take)(size_t size); // zeros for secrets, locked as those of fl_secret; NULL: none left
+    void (*give)(void *p);      // wipes; NULL is fine
 } fl_pk;
 extern const fl_pk fl_pk_real;
 

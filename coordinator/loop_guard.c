@@ -10,6 +10,9 @@
 #include <stdlib.h>
 #include <string.h>
 
+_Static_assert(COORD_GOOD_LAYERS >= COORD_LAYERS_MAX && COORD_EXITS_MAX >= COORD_SUMS_MAX,
+               "the last good layers can be remembered");
+
 static fl_status take(coord_loop *loop, const char *key, uint8_t *data, size_t size_max,
                       size_t *ret_size, fl_err *err) {
     const fl_status st = coord_store_get_value(loop->store, key, data, size_max, ret_size, err);
@@ -100,8 +103,9 @@ static fl_status judge(coord_loop *loop, coord_judgement *ret, coord_verdict_tex
     if (st == FL_OK) {
         *ret = coord_validate(changes, n, loop->round.members, loop->settings.byzantine,
                               loop->settings.rollback, &change);
-        snprintf(text, sizeof(coord_verdict_text), "%+.4f nats a token on %u nodes since round %lld",
-                 change, n, (long long)loop->good.round);
+        snprintf(text, sizeof(coord_verdict_text),
+                 "%+.4f nats a token on %u nodes since round %lld", change, n,
+                 (long long)loop->good.round);
     }
     free(changes);
     free(c.nodes);

@@ -117,8 +117,8 @@ static fl_status work_alloc(work *w, bool pairwise, fl_err *err) {
     w->sorted = calloc(7 * m, sizeof(double));
     w->pairs = malloc(2 * m * sizeof(*w->pairs));
     w->gram = pairwise ? calloc(m * m, sizeof(double)) : NULL;
-    if (w->voices == NULL || w->who == NULL || w->fixed == NULL || w->x == NULL || w->sorted == NULL || w->pairs == NULL ||
-        (pairwise && w->gram == NULL))
+    if (w->voices == NULL || w->who == NULL || w->fixed == NULL || w->x == NULL ||
+        w->sorted == NULL || w->pairs == NULL || (pairwise && w->gram == NULL))
         return FL_FAIL(err, FL_ENOMEM, "no memory for a tile of %zu updates", m);
     w->norm2 = w->sorted + m;
     w->factor = w->norm2 + m;

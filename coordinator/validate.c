@@ -83,7 +83,7 @@ fl_status coord_good_decode(fl_bytes in, coord_good *ret, fl_err *err) {
     const bool head = in.size >= 40;
     const uint64_t layers = head ? fl_get_u64(in.data + 24) : 0;
     const uint64_t exits = head ? fl_get_u64(in.data + 32) : 0;
-    if (!head || fl_get_u64(in.data) > 1 || layers > COORD_LAYERS_MAX || exits > COORD_SUMS_MAX ||
+    if (!head || fl_get_u64(in.data) > 1 || layers > COORD_GOOD_LAYERS || exits > COORD_EXITS_MAX ||
         in.size != 40 + 8 * (layers + exits))
         return FL_FAIL(err, FL_EFORMAT, "the record of the last good layers is damaged");
     g.known = fl_get_u64(in.data) == 1;

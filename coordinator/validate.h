@@ -11,12 +11,13 @@
 #ifndef COORD_VALIDATE_H
 #define COORD_VALIDATE_H
 
+#include "coordinator/aggregate_vote.h"
 #include "coordinator/robust.h"
-#include "coordinator/store.h"
 
 enum {
-    COORD_CHANGES_MIN = 3, // nodes without which nothing is judged
-    COORD_GOOD_AGE = 8,    // rounds after which layers that are no worse become the good ones
+    COORD_GOOD_LAYERS = 256, // as the store's
+    COORD_CHANGES_MIN = 3,   // nodes without which nothing is judged
+    COORD_GOOD_AGE = 8,      // rounds after which layers that are no worse become the good ones
     COORD_GOOD_FORGET = 64 // rounds without a judgement after which the good ones are forgotten
 };
 
@@ -46,16 +47,16 @@ typedef struct coord_good {
     int64_t round; // whose reports measured it
     int64_t last;  // round of the newest judgement
     uint32_t layers;
-    int64_t version[COORD_LAYERS_MAX];
+    int64_t version[COORD_GOOD_LAYERS];
     uint32_t exits;
-    double vote[COORD_SUMS_MAX];
+    double vote[COORD_EXITS_MAX];
 } coord_good;
 
 // After a judgement of `round`: should the layers that were judged become the good ones? Keeps
 // `last`, and forgets what was not judged for long.
 bool coord_good_judged(coord_good *good, coord_judgement judgement, int64_t round);
 
-enum { COORD_GOOD_BYTES = 40 + 8 * COORD_LAYERS_MAX + 8 * COORD_SUMS_MAX };
+enum { COORD_GOOD_BYTES = 40 + 8 * COORD_GOOD_LAYERS + 8 * COORD_EXITS_MAX };
 size_t coord_good_encode(const coord_good *good, uint8_t out[COORD_GOOD_BYTES]);
 fl_status coord_good_decode(fl_bytes in, coord_good *ret, fl_err *err) FL_NODISCARD; // FL_EFORMAT
 
@@ -102,8 +103,8 @@ typedef enum coord_conduct_change {
     COORD_CONDUCT_RELEASED,
 } coord_conduct_change;
 typedef void (*coord_conduct_fn)(void *ctx, const coord_conduct *row, coord_conduct_change change);
-// The flush of `round` is over. At most `quarantined_max` nodes are put away at once, those with the
-// lowest scores first. Tells each change; clears the tallies.
+// The flush of `round` is over. At most `quarantined_max` nodes are put away at once, those with
+// the lowest scores first. Tells each change; clears the tallies.
 void coord_conducts_close(coord_conducts *c, int64_t round, uint32_t quarantined_max,
                           coord_conduct_fn fn, void *ctx);
 double coord_conduct_score(const coord_conduct *row); // 0 before anything is known

@@ -24,9 +24,7 @@ typedef struct session {
     uint8_t update_key[FL_KEY_SIZE];
 } session;
 
-// The struct itself lies in locked memory: fl_channel is the content of one fl_secret.
-struct fl_channel {
-    fl_secret *self;
+struct fl_channel { // in locked memory
     fl_channel_role role;
     const fl_secret *identity;
     const fl_pk *pk;
@@ -40,13 +38,12 @@ struct fl_channel {
 };
 
 fl_status fl_channel_open(const fl_channel_opts *opts, fl_channel **ret, fl_err *err) {
-    fl_secret *memory = NULL;
-    FL_TRY(fl_secret_open(sizeof(fl_channel), &memory, err));
-    fl_channel *ch = (fl_channel *)(void *)fl_secret_edit(memory);
-    ch->self = memory;
+    const fl_pk *pk = opts->pk == NULL ? &fl_pk_real : opts->pk;
+    fl_channel *ch = pk->take(sizeof(*ch));
+    if (ch == NULL) return FL_FAIL(err, FL_ENOMEM, "no locked memory for a session");
     ch->role = opts->role;
     ch->identity = opts->identity;
-    ch->pk = opts->pk == NULL ? &fl_pk_real : opts->pk;
+    ch->pk = pk;
     ch->counter_max = opts->counter_max == 0 ? FL_CHANNEL_COUNTER_MAX : opts->counter_max;
     memcpy(ch->identity_key, opts->identity_key, FL_KEY_SIZE);
     memcpy(ch->peer_key, opts->peer_key, FL_KEY_SIZE);
@@ -56,7 +53,7 @@ fl_status fl_channel_open(const fl_channel_opts *opts, fl_channel **ret, fl_err 
 }
 
 void fl_channel_close(fl_channel *ch) {
-    if (ch != NULL) fl_secret_close(ch->self);
+    if (ch != NULL) ch->pk->give(ch);
 }
 
 void fl_channel_drop(fl_channel *ch) {
@@ -128,35 +125,23 @@ static fl_status derive(const fl_pk *pk, const uint8_t secret[FL_DH_KEY],
                         const uint8_t peer[FL_DH_KEY], const uint8_t transcript[FL_HASH_SIZE],
                         uint8_t ret_keys[KEYS_SIZE], fl_err *err) {
     static const char label[] = "fleetune/1 keys";
-    fl_secret *mine = NULL, *shared = NULL;
-    FL_TRY(fl_secret_copy((fl_bytes){secret, FL_DH_KEY}, &mine, err));
-    const fl_status st = pk->dh(mine, peer, &shared, err);
-    if (st == FL_OK) {
-        fl_hasher h;
-        fl_hash_init(&h, fl_secret_view(shared), KEYS_SIZE);
-        fl_hash_add_framed(&h, (fl_bytes){(const uint8_t *)label, sizeof(label) - 1});
-        fl_hash_add(&h, (fl_bytes){transcript, FL_HASH_SIZE});
-        fl_hash_done(&h, ret_keys);
-    }
-    fl_secret_close(mine);
-    fl_secret_close(shared);
-    return st;
-}
-
-static fl_status public_of(const fl_pk *pk, const uint8_t secret[FL_DH_KEY],
-                           uint8_t ret[FL_DH_KEY], fl_err *err) {
-    fl_secret *mine = NULL;
-    FL_TRY(fl_secret_copy((fl_bytes){secret, FL_DH_KEY}, &mine, err));
-    const fl_status st = pk->dh_key(mine, ret, err);
-    fl_secret_close(mine);
-    return st;
+    uint8_t shared[FL_DH_KEY];
+    FL_TRY(pk->dh(secret, peer, shared, err));
+    fl_hasher h;
+    fl_hash_init(&h, (fl_bytes){shared, sizeof(shared)}, KEYS_SIZE);
+    fl_hash_add_framed(&h, (fl_bytes){(const uint8_t *)label, sizeof(label) - 1});
+    fl_hash_add(&h, (fl_bytes){transcript, FL_HASH_SIZE});
+    fl_hash_done(&h, ret_keys);
+    fl_wipe(shared, sizeof(shared));
+    return FL_OK;
 }
 
 fl_status fl_channel_hello(fl_channel *ch, const uint8_t random[FL_CHANNEL_RANDOM], fl_hello *ret,
                            fl_err *err) {
     FL_ASSERT(ch->role == FL_CHANNEL_NODE);
+    (void)err; // nothing here can fail
     fl_hello hello = {.protocol = FL_PROTOCOL};
-    FL_TRY(public_of(ch->pk, random, hello.ephemeral_key, err));
+    ch->pk->dh_key(random, hello.ephemeral_key);
     memcpy(hello.identity_key, ch->identity_key, FL_KEY_SIZE);
     memcpy(hello.nonce, random + RANDOM_NONCE, FL_KEY_SIZE);
     memcpy(hello.software, "fleetune-" FL_VERSION, sizeof("fleetune-" FL_VERSION));
@@ -186,7 +171,7 @@ fl_status fl_channel_on_hello(fl_channel *ch, const fl_hello *hello,
     while (reply.session == 0 || reply.session == ch->live.id) reply.session++; // 0 means clear
     memcpy(reply.nonce, random + RANDOM_NONCE, FL_KEY_SIZE);
     memcpy(reply.update_key, ch->update_key, FL_KEY_SIZE);
-    FL_TRY(public_of(ch->pk, random, reply.ephemeral_key, err));
+    ch->pk->dh_key(random, reply.ephemeral_key);
     make_transcript(ch->peer_key, ch->identity_key, hello, &reply, transcript);
     FL_TRY(derive(ch->pk, random, hello->ephemeral_key, transcript, keys, err));
     const signed_text t = text_to_sign(FL_CHANNEL_COORDINATOR, transcript);

@@ -238,7 +238,8 @@ static void check_memory(sim *s) {
             !holds(s, memcmp(loop->layer[l].digest, t->digests[t->version], FL_DIGEST_SIZE) == 0))
             sim_fail(s, "layer %u has other bytes than its version", l);
         bool same = (int64_t)sum->updates == t->updates && sum->weight == t->weight;
-        if (t->updates > 0) same = same && memcmp(sum->a, t->sum, t->count * sizeof(sum->a[0])) == 0;
+        if (t->updates > 0)
+            same = same && memcmp(sum->a, t->sum, t->count * sizeof(sum->a[0])) == 0;
         if (!holds(s, same)) sim_fail(s, "the open sum of layer %u is not that of its updates", l);
     }
 }

@@ -6,6 +6,7 @@
 #include "coordinator/registry.h"
 #include "sim/sim.h"
 
+#include <malloc.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <unistd.h>
@@ -172,6 +173,10 @@ static int run(const void *options) {
     fl_err err;
     if (fl_crypto_init(&err) != FL_OK) return fl_cli_fail(&err);
     fl_log_init(FL_LOG_ERROR, false);
+#ifdef M_TRIM_THRESHOLD // a simulation is made and thrown away: its memory is used again
+    (void)mallopt(M_MMAP_THRESHOLD, 1 << 30);
+    (void)mallopt(M_TRIM_THRESHOLD, 1 << 30);
+#endif
     atomic_store(&f.next, o->first);
     const double start = fl_clock_s();
     run_threads(&f);

@@ -3,6 +3,7 @@
 #include "sim/state.h"
 
 #include "common/checked.h"
+#include "common/plant.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -70,7 +71,23 @@ static void world_stats(void *ctx, fl_link_stats *ret) {
 
 // ---- making it
 
+// Most nodes stay, and so does the last.
+static bool may_revoke(const sim *s, uint32_t node) {
+    return node % 8 == 0 && node + 1 < s->opts.nodes;
+}
+
+// Nodes that will go on sending what counts: a round that needs more of them never ends, and must
+// not. The last node is one of them.
+static uint32_t reliable(sim *s) {
+    uint32_t count = 0;
+    s->nodes[s->opts.nodes - 1].malice = SIM_HONEST;
+    for (uint32_t i = 0; i < s->opts.nodes; i++)
+        count += s->nodes[i].malice == SIM_HONEST && !may_revoke(s, i);
+    return count;
+}
+
 static void draw_settings(sim *s) {
+    const uint64_t honest = reliable(s);
     coord_settings *c = &s->host.settings;
     sim_rng *r = &s->rng;
     fl_setting_defaults(coord_setting_table, coord_setting_count, c);
@@ -82,7 +99,9 @@ static void draw_settings(sim *s) {
     c->windows = (int64_t)sim_between(r, 0, 2);
     c->window = (int64_t)sim_between(r, 0, 3);
     c->updates = (int64_t)sim_between(r, 1 + s->opts.nodes / 4, s->opts.nodes);
-    c->updates_min = (int64_t)sim_between(r, 1, c->updates < 3 ? (uint64_t)c->updates : 3);
+    uint64_t min = c->updates < 3 ? (uint64_t)c->updates : 3;
+    if (min > honest) min = honest;
+    c->updates_min = (int64_t)sim_between(r, 1, min);
     c->deadline_s = (int64_t)sim_between(r, 10, 90);
     c->staleness_max = (int64_t)sim_between(r, 0, 6);
     c->steps = 32;
@@ -155,6 +174,10 @@ fl_status sim_host_init(sim *s, fl_err *err) {
     coord_store *st = NULL;
     h->wall_ms = WALL_START_MS;
     h->disk = sim_disk_new(s->opts.seed, &h->wall_ms);
+    sim_disk_lie(h->disk, (sim_disk_lies){.spool_sync = fl_plant(LOST_SPOOL_SYNC),
+                                          .log_sync = fl_plant(LOST_LOG_SYNC),
+                                          .object_sync = fl_plant(LOST_OBJECT_SYNC),
+                                          .folder_sync = fl_plant(LOST_FOLDER_SYNC)});
     draw_settings(s);
     FL_TRY(make_keys(s, err));
     h->world = (coord_world){
@@ -213,10 +236,10 @@ static void crash(sim *s) {
                                     .boot = h->boot});
 }
 
-// When the next one comes, in changes of the disk: about ten for each node and round.
+// When the next one comes, in changes of the disk: about fifty for each node and round.
 static void plan_crash(sim *s) {
     sim_host *h = &s->host;
-    const double mean = 10.0 * s->opts.nodes * s->opts.rounds / (s->opts.crashes + 1e-9);
+    const double mean = 50.0 * s->opts.nodes * s->opts.rounds / (s->opts.crashes + 1e-9);
     const uint64_t far = mean < 1e9 ? (uint64_t)(2.0 * mean) + 1 : 0;
     const bool calm = s->now_ms >= s->calm_ms || far == 0;
     // Now and then the next one comes during the recovery itself.
@@ -295,7 +318,7 @@ void sim_host_step(sim *s) {
 static fl_status revoke_one(sim *s, fl_err *err) {
     sim_host *h = &s->host;
     const uint32_t node = (uint32_t)sim_between(&s->rng, 0, s->opts.nodes - 1);
-    if (node % 8 != 0) return FL_OK; // most nodes stay
+    if (!may_revoke(s, node)) return FL_OK;
     coord_store *st = h->loop->store;
     s->nodes[node].revoked = true;
     sim_trace(s, "revoked", node, 0, 0);

@@ -71,6 +71,7 @@ typedef enum sim_malice {
     SIM_FORGED,   // the signature does not hold
     SIM_DAMAGED,  // bytes do not have their digest
     SIM_TWICE,    // a second update for the same layer and version
+    SIM_OLDER,    // for a version before the one it was given
     SIM_MALICE_COUNT
 } sim_malice;
 

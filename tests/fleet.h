@@ -152,8 +152,8 @@ static void set_up(const char *updates, const char *windows) {
     port = free_port();
     snprintf(listen_at, sizeof(listen_at), "tcp://127.0.0.1:%u", port);
     T_NEED(COMMAND(NULL, 0, "init", dir, "--model", model, "--listen", listen_at, "--exits", "2",
-                   "--updates-per-round", updates, "--windows", windows, "--retry", "50", "--rule", "mean",
-                   "--frames-per-second", "100000") == 0,
+                   "--updates-per-round", updates, "--windows", windows, "--retry", "50",
+                   "--rule", "mean", "--frames-per-second", "100000") == 0,
            "init");
 }
 

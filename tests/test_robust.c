@@ -239,7 +239,8 @@ static void check_against_plain(const table *t, coord_rule rule, uint32_t f, con
         else if (rule == COORD_RULE_CENTRED)
             want = centre[i];
         else
-            for (uint32_t v = 0; v < t->m; v++) want += (long double)factor[v] * t->x[v * t->count + i];
+            for (uint32_t v = 0; v < t->m; v++)
+                want += (long double)factor[v] * t->x[v * t->count + i];
         // Values reach 2^37; what sums of m of them round away is far below 2^-40 of that.
         T_NEAR(got[i], (double)want, 0x1p-3, "%s of %u at %zu of %zu", coord_rule_text(rule), t->m,
                i, t->count);

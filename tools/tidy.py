@@ -6,7 +6,8 @@ import sys
 
 # module -> (its files, the modules it may include). Only modules named earlier: no cycles.
 MODULES = {
-    "base": (["common/base", "common/status", "common/checked", "common/arena", "common/fault"], ""),
+    "base": (["common/base", "common/status", "common/checked", "common/arena", "common/fault",
+              "common/plant"], ""),
     "sys": (["common/clock", "common/rng", "common/log", "common/file", "common/pool",
              "common/conf", "common/json", "common/cli", "common/progress"], "base"),
     "crypto": (["common/crypto"], "base"),
@@ -22,7 +23,7 @@ MODULES = {
     "client": (["node/client/*"], "base wire channel"),
     "serve": (["node/serve/*"], "base sys model exits"),
     "round": (["coordinator/round", "coordinator/registry"], "base wire"),
-    "aggregate": (["coordinator/aggregate*"], "base kernels wire"),
+    "aggregate": (["coordinator/aggregate*", "coordinator/robust*", "coordinator/validate"], "base kernels wire"),
     "store": (["coordinator/store*"], "base sys crypto"),
     "web": (["coordinator/web*"], "base sys"),
     "node program": (["node/main", "node/loop", "node/worker", "node/state", "node/prefix_disk",
