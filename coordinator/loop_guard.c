@@ -10,7 +10,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-_Static_assert(COORD_GOOD_LAYERS >= COORD_LAYERS_MAX && COORD_EXITS_MAX >= COORD_SUMS_MAX,
+_Static_assert((int)COORD_GOOD_LAYERS >= (int)COORD_LAYERS_MAX &&
+                   (int)COORD_EXITS_MAX >= (int)COORD_SUMS_MAX,
                "the last good layers can be remembered");
 
 static fl_status take(coord_loop *loop, const char *key, uint8_t *data, size_t size_max,

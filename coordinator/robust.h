@@ -105,7 +105,7 @@ fl_status coord_robust_run(const coord_robust_opts *opts, const coord_voice *voi
                            fl_err *err) FL_NODISCARD;
 
 // From a ledger's rows to voices: one a node, whatever it sent and in whatever order it came.
-// Several updates of one node (late ones of older versions) become their weighted mean, in integers.
+// Several updates of one node (late ones of older versions) become one weighted mean, in integers.
 typedef struct coord_ballot_row {
     int64_t node, base; // together unique
     uint64_t weight;    // 1 .. 2^40
