@@ -154,6 +154,7 @@ void coord_loop_close(coord_loop *loop) {
     free(loop->plain);
     free(loop->frame);
     free(loop->chunk);
+    coord_loop_guard_close(loop);
     coord_keys_close(&loop->keys);
     coord_store_close(loop->store);
     if (loop->lock_fd >= 0) close(loop->lock_fd);

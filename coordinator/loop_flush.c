@@ -96,15 +96,19 @@ static fl_status save(coord_loop *loop, const step *s, size_t doubles, coord_lay
 // row: the layer as stored; becomes its next version, whose objects are durable.
 static fl_status step_layer(coord_loop *loop, coord_layer_row *row, fl_err *err) {
     const coord_sum *sum = &loop->sum[row->layer];
-    const size_t count = sum->count, doubles = coord_opt_moments(loop->opt.kind) * count;
+    const size_t count = (size_t)row->count, doubles = coord_opt_moments(loop->opt.kind) * count;
+    bool heard = true;
     step s = {0};
     fl_status st = step_alloc(&s, count, coord_opt_moments(loop->opt.kind), err);
     if (st == FL_OK) st = load_theta(loop, row, s.theta, err);
     if (st == FL_OK) st = load_moments(loop, row, doubles, s.moments, err);
     if (st == FL_OK)
-        st = coord_sum_mean(sum, ldexp(1.0, -FL_UPDATE_FIXED_BITS), loop->settings.shrink, s.mean,
-                            err);
-    if (st == FL_OK) st = coord_opt_step(&loop->opt, count, s.mean, s.theta, s.moments, err);
+        st = loop->settings.rule != COORD_RULE_MEAN
+                 ? coord_loop_robust(loop, row, s.mean, &heard, err)
+                 : coord_sum_mean(sum, ldexp(1.0, -FL_UPDATE_FIXED_BITS), loop->settings.shrink,
+                                  s.mean, err);
+    if (st == FL_OK && heard) // else its only updates are of quarantined nodes: no step
+        st = coord_opt_step(&loop->opt, count, s.mean, s.theta, s.moments, err);
     row->version++;
     row->round = (int64_t)loop->round.round;
     if (st == FL_OK) st = save(loop, &s, doubles, row, err);
@@ -160,7 +164,9 @@ static fl_status step_vote(coord_loop *loop, coord_vote *next, double *ret_loss,
                             (unsigned long long)next->version, gain);
 }
 
-static fl_status close_round(coord_loop *loop, int64_t layers, double loss, fl_err *err) {
+// undone: the round put the good layers back. keep: versions of each layer.
+static fl_status close_round(coord_loop *loop, int64_t layers, double loss, bool undone,
+                             int64_t keep, fl_err *err) {
     coord_round_row row = {.round = (int64_t)loop->round.round,
                            .closed_s = loop->world.wall_s(loop->world.ctx),
                            .contributions = loop->round.contributions,
@@ -168,12 +174,14 @@ static fl_status close_round(coord_loop *loop, int64_t layers, double loss, fl_e
                            .layers = layers,
                            .loss = loss};
     snprintf(row.reason, sizeof(row.reason), "%s",
-             loop->flush_due == COORD_FLUSH_DEADLINE ? "deadline" : "full");
+             undone                                    ? "rollback"
+             : loop->flush_due == COORD_FLUSH_DEADLINE ? "deadline"
+                                                       : "full");
     FL_TRY(coord_store_spooled_bytes(loop->store, &row.bytes_up, err));
     FL_TRY(coord_store_fold_updates(loop->store, row.round, err));
     FL_TRY(coord_store_close_round(loop->store, &row, err));
     FL_TRY(coord_store_open_round(loop->store, row.round + 1, row.closed_s, err));
-    FL_TRY(coord_store_trim_layers(loop->store, loop->settings.versions_kept, err));
+    FL_TRY(coord_store_trim_layers(loop->store, keep, err));
     FL_TRY(coord_store_trim_events(loop->store, COORD_EVENTS_KEPT, err));
     return coord_loop_event(loop, "round.closed", COORD_NOBODY, err,
                             "round %lld (%s): %lld nodes, %lld updates, %lld layers changed",
@@ -181,34 +189,58 @@ static fl_status close_round(coord_loop *loop, int64_t layers, double loss, fl_e
                             (long long)row.updates, (long long)layers);
 }
 
-fl_status coord_loop_flush(coord_loop *loop, uint64_t now_ms, fl_err *err) {
-    coord_layer_row next[COORD_LAYERS_MAX];
-    coord_vote vote = loop->vote;
-    coord_effect fx;
+// Does the flush give this layer a new version?
+static bool is_stepped(const coord_loop *loop, uint32_t l, bool undo) {
+    return loop->sum[l].updates != 0 ||
+           (undo && loop->layer[l].version != loop->good.version[l]);
+}
+
+// Everything up to the commit. next: the layers as they will be.
+static fl_status write_round(coord_loop *loop, coord_layer_row *next, coord_vote *vote, bool *undo,
+                             fl_err *err) {
     double loss;
     int64_t changed = 0;
-    FL_TRY(coord_loop_commit(loop, err)); // what was acknowledged does not wait for the flush
-    memcpy(next, loop->layer, sizeof(next));
-    FL_TRY(coord_loop_cap_shares(loop, err));
-    for (uint32_t l = 0; l < loop->layers; l++) {
-        if (loop->sum[l].updates != 0) FL_TRY(step_layer(loop, &next[l], err));
-    }
     FL_TRY(coord_store_begin(loop->store, err));
+    FL_TRY(coord_loop_judge(loop, undo, err));
+    if (!*undo && loop->settings.rule == COORD_RULE_MEAN) FL_TRY(coord_loop_cap_shares(loop, err));
     for (uint32_t l = 0; l < loop->layers; l++) {
-        if (loop->sum[l].updates == 0) continue;
-        FL_TRY(coord_store_set_layer(loop->store, &next[l], loop->sum[l].updates, err));
+        if (!is_stepped(loop, l, *undo)) continue;
+        FL_TRY(*undo ? coord_loop_put_back(loop, &next[l], err) : step_layer(loop, &next[l], err));
+        FL_TRY(coord_store_set_layer(loop->store, &next[l], *undo ? 0 : loop->sum[l].updates, err));
         changed++;
     }
     if (fl_plant(SEAL_IN_TWO)) FL_TRY(coord_loop_commit(loop, err));
-    FL_TRY(step_vote(loop, &vote, &loss, err));
-    FL_TRY(close_round(loop, changed, loss, err));
-    FL_TRY(coord_loop_commit(loop, err));
+    if (*undo) {
+        for (uint32_t l = 0; l < loop->layers; l++) loop->good.version[l] = next[l].version;
+        loss = (double)NAN;
+        FL_TRY(coord_loop_put_vote_back(loop, vote, err));
+    } else {
+        FL_TRY(step_vote(loop, vote, &loss, err));
+    }
+    FL_TRY(coord_loop_guard_save(loop, err));
+    FL_TRY(close_round(loop, changed, loss, *undo, coord_loop_versions_kept(loop, next), err));
+    return coord_loop_commit(loop, err);
+}
+
+fl_status coord_loop_flush(coord_loop *loop, uint64_t now_ms, fl_err *err) {
+    coord_layer_row next[COORD_LAYERS_MAX];
+    coord_vote vote = loop->vote;
+    coord_guard_mark mark;
+    coord_effect fx;
+    bool undo = false;
+    FL_TRY(coord_loop_commit(loop, err)); // what was acknowledged does not wait for the flush
+    FL_TRY(coord_loop_guard_mark(loop, &mark, err));
+    memcpy(next, loop->layer, sizeof(next));
+    const fl_status st = write_round(loop, next, &vote, &undo, err);
+    coord_loop_guard_rewind(loop, &mark, st != FL_OK);
+    FL_TRY(st);
     // Durable: now memory follows.
-    memcpy(loop->layer, next, sizeof(next));
-    loop->vote = vote;
     for (uint32_t l = 0; l < loop->layers; l++) {
+        loop->round.touched[l] = next[l].version != loop->layer[l].version;
         if (loop->sum[l].updates != 0 && !fl_plant(SUM_NOT_RESET)) coord_sum_reset(&loop->sum[l]);
     }
+    memcpy(loop->layer, next, sizeof(next));
+    loop->vote = vote;
     const coord_event ev = {.kind = COORD_EV_FLUSHED, .now_ms = now_ms};
     FL_TRY(coord_round_step(&loop->round, &ev, &fx, err));
     loop->flush_due = COORD_FLUSH_NO;

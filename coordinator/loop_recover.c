@@ -211,6 +211,7 @@ static fl_status settle(coord_loop *loop, fl_err *err) {
 fl_status coord_loop_recover(coord_loop *loop, uint64_t now_ms, fl_err *err) {
     FL_TRY(read_facts(loop, err));
     FL_TRY(start_round(loop, now_ms, err));
+    FL_TRY(coord_loop_guard_open(loop, err));
     FL_TRY(coord_loop_refresh(loop, now_ms, err));
     if (!fl_plant(BASES_NOT_RESTORED))
         FL_TRY(coord_store_each_last_update(loop->store, restore_last, loop, err));

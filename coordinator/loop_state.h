@@ -9,9 +9,11 @@
 #include "coordinator/loop.h"
 #include "coordinator/loop_world.h"
 #include "coordinator/registry.h"
+#include "coordinator/robust.h"
 #include "coordinator/round.h"
 #include "coordinator/settings.h"
 #include "coordinator/store.h"
+#include "coordinator/validate.h"
 #include "proto/codec.h"
 #include "proto/update.h"
 
@@ -20,6 +22,7 @@ enum {
     COORD_OUTBOX_BYTES = 1 << 20, // of their bodies
     COORD_EVENTS_KEPT = 10000,    // in the log of events
     COORD_POLL_MS = 200,          // between looks at what commands wrote
+    COORD_CLIP_ITERATIONS = 3,    // of centred clipping
     COORD_SAVE_MS = 5000,         // between writes of who was seen when
 };
 
@@ -76,6 +79,9 @@ struct coord_loop {
     coord_vote vote;
     coord_opt opt;
     coord_gate gate;
+    coord_good good;                  // the newest layers that the fleet's reports approve of
+    coord_conducts conducts;          // of the nodes
+    char rule_told[COORD_RULE_REASON]; // why the rule in use is not the one asked for
 
     coord_flush flush_due;
     uint64_t uploads; // bytes held by all uploads
@@ -154,7 +160,35 @@ fl_status coord_loop_fold(coord_loop *loop, const fl_update *update, uint64_t we
 fl_status coord_loop_cap_shares(coord_loop *loop, fl_err *err) FL_NODISCARD;
 
 // ---- loop_flush.c
-// The open buffer becomes new layer versions, durably and once.
+// The open buffer becomes new layer versions, durably and once; or, when the fleet's reports say
+// that the last ones did harm, the good ones are put back.
 fl_status coord_loop_flush(coord_loop *loop, uint64_t now_ms, fl_err *err) FL_NODISCARD;
+
+// ---- loop_robust.c
+// mean[layer->count]: the layer's step by the rule of the settings. *ret_heard: some voice counted.
+fl_status coord_loop_robust(coord_loop *loop, const coord_layer_row *layer, double *mean,
+                            bool *ret_heard, fl_err *err) FL_NODISCARD;
+
+// ---- loop_guard.c
+typedef char coord_verdict_text[96];
+typedef struct coord_guard_mark { // conduct and good layers as they were before a flush
+    coord_good good;
+    coord_conduct *rows; // owned
+    uint32_t count;
+} coord_guard_mark;
+fl_status coord_loop_guard_open(coord_loop *loop, fl_err *err) FL_NODISCARD;
+void coord_loop_guard_close(coord_loop *loop);
+fl_status coord_loop_guard_mark(const coord_loop *loop, coord_guard_mark *ret,
+                                fl_err *err) FL_NODISCARD;
+void coord_loop_guard_rewind(coord_loop *loop, coord_guard_mark *mark, bool failed);
+// Judges the newest layers by this round's reports. *ret_undo: they are worse than the good ones.
+fl_status coord_loop_judge(coord_loop *loop, bool *ret_undo, fl_err *err) FL_NODISCARD;
+// row: the layer as stored; becomes its next version, with the good version's content.
+fl_status coord_loop_put_back(coord_loop *loop, coord_layer_row *row, fl_err *err) FL_NODISCARD;
+fl_status coord_loop_put_vote_back(coord_loop *loop, coord_vote *vote, fl_err *err) FL_NODISCARD;
+// Versions of each layer to keep, so that the good ones stay on the disk.
+int64_t coord_loop_versions_kept(const coord_loop *loop, const coord_layer_row *next);
+// In the batch of a flush: quarantine, release, and what must not be forgotten.
+fl_status coord_loop_guard_save(coord_loop *loop, fl_err *err) FL_NODISCARD;
 
 #endif

@@ -140,6 +140,10 @@ fl_status coord_loop_fold(coord_loop *loop, const fl_update *update, uint64_t we
                           fl_err *err) {
     coord_sum *sum = &loop->sum[update->info.layer];
     const uint32_t count = update->info.count;
+    if (loop->settings.rule != COORD_RULE_MEAN) { // the flush reads it back from the spool
+        sum->updates++;
+        return FL_OK;
+    }
     if (sum->count == 0) FL_TRY(coord_sum_init(sum, count, err));
     int64_t *values = malloc(count * sizeof(*values));
     if (values == NULL) return FL_FAIL(err, FL_ENOMEM, "no memory for an update");
@@ -228,6 +232,13 @@ static void note_link(coord_session *s, uint64_t now_ms) {
     s->link_bytes_s = ms < 20 ? 0 : u->begin.size * 1000 / ms;
 }
 
+// A node may say that it trained on more than its task has; it does not weigh more for that.
+static uint64_t believed_tokens(const coord_loop *loop, uint64_t tokens) {
+    const coord_settings *s = &loop->settings;
+    const uint64_t most = (uint64_t)s->steps * (uint64_t)s->sequence * (uint64_t)s->micro_batch;
+    return tokens < most ? tokens : most;
+}
+
 // The update is complete: every check, then the ledger, then the sum. Ends the upload.
 static fl_status conclude(coord_loop *loop, uint32_t node, uint64_t now_ms, fl_err *err) {
     coord_upload *u = &loop->sessions[node].upload;
@@ -241,7 +252,7 @@ static fl_status conclude(coord_loop *loop, uint32_t node, uint64_t now_ms, fl_e
                       .task = b.task_id,
                       .layer = b.key.layer,
                       .base = b.key.base_version,
-                      .tokens = b.tokens};
+                      .tokens = believed_tokens(loop, b.tokens)};
     note_link(&loop->sessions[node], now_ms);
     FL_TRY(coord_store_begin(loop->store, err));
     fl_code code = open_payload(loop, node, u, &a.update, &a.payload, &why);
@@ -258,6 +269,8 @@ static fl_status conclude(coord_loop *loop, uint32_t node, uint64_t now_ms, fl_e
         return refuse(loop, node, &b.key, code, why.text, err);
     }
     if (code != FL_CODE_NONE) ev.kind = COORD_EV_REFUSED;
+    if (code == FL_CODE_NORM || code == FL_CODE_NOT_FINITE || code == FL_CODE_MALFORMED)
+        coord_conduct_note(&loop->conducts, loop->registry.members[node].id, -1.0);
     fl_status st = coord_round_step(&loop->round, &ev, &fx, err);
     if (st == FL_OK && code == FL_CODE_NONE && fx.code != FL_CODE_NONE) {
         code = fx.code; // changed since it was offered

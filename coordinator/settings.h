@@ -6,6 +6,7 @@
 #include "common/conf.h"
 #include "coordinator/aggregate.h"
 #include "coordinator/registry.h"
+#include "coordinator/robust.h"
 #include "coordinator/round.h"
 
 #define COORD_ENV_PREFIX "FLEETUNE_COORDINATOR"
@@ -73,6 +74,17 @@ typedef char coord_text[FL_SETTING_TEXT_MAX];
       "n updates count n / (n + shrink): damps layers that few nodes sent", NULL)                  \
     X(share_cap, double, "server", "share-cap", NUMBER, "", 0.01, 1, "0.5",                        \
       "no node weighs more than this share of a layer that three or more sent; 1: no cap", NULL)   \
+    X(rule, int64_t, "server", "rule", CHOICE, "", 0, 0, "centred-clip",                           \
+      "how a layer's updates become one; all but mean put nodes away that point elsewhere",        \
+      "mean|clipped-mean|median|trimmed-mean|krum|multi-krum|centred-clip|fltrust")                \
+    X(byzantine, double, "server", "byzantine", NUMBER, "nodes", 0, COORD_NODES_MAX, "0.2",        \
+      "nodes that may be bad: a share when below 1, or a count", NULL)                             \
+    X(batch_clip, double, "server", "batch-clip", NUMBER, "", 0, 1000, "1",                        \
+      "norms in a round are cut to this times their median; 0: they are not", NULL)                \
+    X(root_node, coord_text, "server", "root-node", TEXT, "NAME", 0, 0, "",                        \
+      "the owner's own node, whose update fltrust goes by", NULL)                                  \
+    X(rollback, double, "server", "rollback", NUMBER, "nats", 0, 100, "0.02",                      \
+      "layers that lose more than this on most nodes' held-out text are undone; 0: never", NULL)   \
     X(clip, double, "server", "clip-factor", NUMBER, "", 1, 1e9, "4",                              \
       "an update's norm is cut to this times the median", NULL)                                    \
     X(refuse, double, "server", "refuse-factor", NUMBER, "", 1, 1e9, "20",                         \

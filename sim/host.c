@@ -94,6 +94,8 @@ static void draw_settings(sim *s) {
     c->nodes_max = s->opts.nodes;
     c->rounds = s->opts.rounds;
     c->exits = s->exits;
+    c->rule = COORD_RULE_MEAN; // the exact sum is what is checked
+    c->rollback = 0.0;
     c->windows = (int64_t)sim_between(r, 0, 2);
     c->window = (int64_t)sim_between(r, 0, 3);
     c->updates = (int64_t)sim_between(r, 1 + s->opts.nodes / 4, s->opts.nodes);

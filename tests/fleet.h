@@ -153,7 +153,7 @@ static void set_up(const char *updates, const char *windows) {
     snprintf(listen_at, sizeof(listen_at), "tcp://127.0.0.1:%u", port);
     T_NEED(COMMAND(NULL, 0, "init", dir, "--model", model, "--listen", listen_at, "--exits", "2",
                    "--updates-per-round", updates, "--windows", windows, "--retry", "50",
-                   "--frames-per-second", "100000", "--share-cap", "1") == 0,
+                   "--rule", "mean", "--share-cap", "1", "--frames-per-second", "100000") == 0,
            "init");
 }
 

@@ -169,6 +169,8 @@ class Fleet:
         return packed
 
     def init(self, model, *settings):
+        if "--rule" not in settings: # what brute_force.py works out is the plain mean of all rounds
+            settings = ("--rule", "mean", "--rollback", 0, *settings)
         self.ok(self.coordinator_bin, "init", self.home, "--model", model,
                 "--listen", f"tcp://127.0.0.1:{self.port}",
                 "--advertise", f"127.0.0.1:{self.port}", "--seed", 7, *settings)
