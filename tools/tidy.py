@@ -11,7 +11,7 @@ MODULES = {
              "common/conf", "common/json", "common/cli", "common/progress"], "base"),
     "crypto": (["common/crypto"], "base"),
     "kernels": (["kernels/*"], "base"),
-    "wire": (["proto/frame", "proto/codec*", "proto/update"], "base"),
+    "wire": (["proto/frame", "proto/codec*", "proto/update*"], "base"),
     "channel": (["proto/channel", "proto/seal", "proto/invite"], "base crypto wire"),
     "link": (["proto/link*"], "base sys"),
     "model": (["node/model/*"], "base sys kernels"),
