@@ -8,6 +8,12 @@
 
 enum { BLOCK_HEAD = 4, LAYER_MAX = 255, NIBBLE_MAX = 7 };
 
+const char *fl_update_encoding_name(fl_update_encoding encoding) {
+    static const char *const names[] = {"unknown", "int16",   "int8",
+                                        "int4",    "sparse8", "sparse4"};
+    return names[(unsigned)encoding <= FL_UPDATE_ENCODINGS ? encoding : 0];
+}
+
 static uint32_t code_bits(fl_update_encoding encoding) {
     return encoding == FL_UPDATE_INT16  ? 16
            : encoding == FL_UPDATE_INT8 ? 8

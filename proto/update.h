@@ -74,6 +74,8 @@ typedef struct fl_update_info {
     uint64_t tokens;
 } fl_update_info;
 
+const char *fl_update_encoding_name(fl_update_encoding encoding); // "sparse4", "unknown"
+
 // Bytes of an encoded dense delta; 0 when count or encoding is out of range, or it is sparse.
 size_t fl_update_size(uint32_t count, fl_update_encoding encoding);
 // The most bytes that `kept` values of a layer take; dense encodings always take them. 0: as above.

@@ -278,7 +278,7 @@ static bool read_naively(const uint8_t *b, size_t size, uint32_t n, unsigned wid
         for (uint32_t i = 0; i < kept; i++, bit++) {
             for (; (q[bit / 8] >> bit % 8 & 1) == 0; bit++) place += 1u << r;
             for (uint32_t k = 0; k < r; k++)
-                place += (q[(bit + 1 + k) / 8] >> (bit + 1 + k) % 8 & 1u) << k;
+                place += ((uint32_t)q[(bit + 1 + k) / 8] >> (bit + 1 + k) % 8 & 1) << k;
             bit += r;
             places[i] = place++;
         }
@@ -288,7 +288,8 @@ static bool read_naively(const uint8_t *b, size_t size, uint32_t n, unsigned wid
         }
         for (uint32_t i = 0, block = 0; i < kept; i++) {
             if (i > 0 && places[i] / 256 != places[i - 1] / 256) block++;
-            const uint32_t code = q[blocks + i * width / 8] >> i * width % 8 & ((1u << width) - 1);
+            const uint32_t byte = q[blocks + i * width / 8];
+            const uint32_t code = byte >> i * width % 8 & ((1u << width) - 1);
             const double m = 1.0 + (code & ((1u << (width - 1)) - 1));
             const double step =
                 (double)fl_get_f32(b + 36) * (16 - q[block] % 8) / pow(2, 4 + q[block] / 8);
