@@ -60,7 +60,7 @@ typedef char coord_text[FL_SETTING_TEXT_MAX];
       "held-out tokens that a node scores for its report; 0: all", NULL)                           \
     X(task_deadline_s, int64_t, "training", "task-deadline", INTEGER, "seconds", 1, 604800,        \
       "3600", "a node gives a task up after this", NULL)                                           \
-    X(encoding, int64_t, "training", "encoding", CHOICE, "", 0, 0, "int16",                        \
+    X(encoding, int64_t, "training", "encoding", CHOICE, "", 0, 0, "sparse4",                      \
       "the most that an update carries: all values in so many bits, or the largest of them",       \
       "int16|int8|int4|sparse8|sparse4")                                                           \
     X(density, double, "training", "density", NUMBER, "share", 0.0001, 1, "0.05",                  \
