@@ -6,7 +6,7 @@
 
 #include <math.h>
 
-enum { ONE_BY_ONE = 70000 };
+enum { ONE_BY_ONE = 10000 };
 
 // Page by page: no more values than it says, in the range, of the norm it says.
 static void check_named(const fl_update *u) {
