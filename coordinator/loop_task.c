@@ -49,6 +49,8 @@ static fl_task task_of(const coord_loop *loop, uint64_t task_id) {
                  .seed = fl_rng_u64(loop->a_seed, task_id),
                  .deadline_ms = (uint64_t)s->task_deadline_s * 1000,
                  .encoding = s->encoding == 0 ? FL_UPDATE_INT16 : FL_UPDATE_INT8,
+                 .encoding_most = (uint32_t)s->encoding + FL_UPDATE_INT16,
+                 .keep_ppm = (uint32_t)(s->density * 1e6),
                  .eval_tokens = (uint32_t)s->eval_tokens};
     memcpy(t.run_id, loop->run_id, sizeof(t.run_id));
     memcpy(t.model_digest, loop->model_digest, sizeof(t.model_digest));

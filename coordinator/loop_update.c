@@ -84,8 +84,8 @@ static fl_status judge_offer(coord_loop *loop, uint32_t node, const fl_update_be
 static bool size_fits(const coord_loop *loop, const fl_update_begin *b) {
     const int64_t count = loop->layer[b->key.layer].count;
     if (count == 0) return b->size > FL_SEAL_EXTRA + FL_UPDATE_HEAD && b->size <= FL_UPDATE_MAX;
-    return b->size == fl_update_size((uint32_t)count, FL_UPDATE_INT16) + FL_SEAL_EXTRA ||
-           b->size == fl_update_size((uint32_t)count, FL_UPDATE_INT8) + FL_SEAL_EXTRA;
+    return b->size > FL_SEAL_EXTRA &&
+           fl_update_size_fits((uint32_t)count, b->size - FL_SEAL_EXTRA);
 }
 
 fl_status coord_loop_on_begin(coord_loop *loop, uint32_t node, const fl_msg *msg, uint64_t now_ms,
@@ -181,6 +181,7 @@ static fl_code open_payload(coord_loop *loop, uint32_t node, coord_upload *u, fl
     if (st != FL_OK) return FL_CODE_SIGNATURE;
     ret_payload->data = u->data;
     const fl_status opened = fl_update_open(*ret_payload, ret_update, why);
+    if (opened == FL_EUNSUPPORTED) return FL_CODE_ENCODING;
     if (opened != FL_OK) return opened == FL_ELIMIT ? FL_CODE_NOT_FINITE : FL_CODE_MALFORMED;
     const fl_update_info *info = &ret_update->info;
     const int64_t count = loop->layer[b->key.layer].count;

@@ -61,8 +61,11 @@ typedef char coord_text[FL_SETTING_TEXT_MAX];
       "held-out tokens that a node scores for its report; 0: all", NULL)                           \
     X(task_deadline_s, int64_t, "training", "task-deadline", INTEGER, "seconds", 1, 604800,        \
       "3600", "a node gives a task up after this", NULL)                                           \
-    X(encoding, int64_t, "training", "encoding", CHOICE, "", 0, 0, "int16",                        \
-      "numbers in an update", "int16|int8")                                                        \
+    X(encoding, int64_t, "training", "encoding", CHOICE, "", 0, 0, "sparse4",                      \
+      "the most that an update carries: all values in so many bits, or the largest of them",       \
+      "int16|int8|int4|sparse8|sparse4")                                                           \
+    X(density, double, "training", "density", NUMBER, "share", 0.0001, 1, "0.05",                  \
+      "of a layer's values that a sparse update names, at most", NULL)                             \
     X(optimiser, int64_t, "server", "server-optimiser", CHOICE, "", 0, 0, "fedavg",                \
       "what is done with the mean of the updates", "fedavg|fedavgm|fedadam|fedyogi")               \
     X(server_rate, double, "server", "server-lr", NUMBER, "", 1e-6, 100, "1",                      \

@@ -40,6 +40,7 @@ typedef struct loop {
     uint64_t rules_ms, status_ms;
     node_client_phase shown;
     uint64_t peak_rss_bytes;
+    node_upload_choice upload; // of the last task; bytes 0: none yet
     bool ended;
     fl_code end_code;
 } loop;
@@ -113,8 +114,14 @@ static void start_training(loop *l) {
     fl_err err;
     const fl_task *t = &l->client.task;
     const uint8_t *update_key = fl_channel_update_key(l->channel);
-    fl_status st = update_key == NULL ? FL_FAIL(&err, FL_ESTATE, "no session")
-                                      : node_worker_start(l->o->worker, t, update_key, &err);
+    const uint64_t now_ms = fl_clock_ms();
+    const uint64_t left_ms = l->client.deadline_ms > now_ms ? l->client.deadline_ms - now_ms : 0;
+    const node_worker_upload upload = {.rule = l->o->upload,
+                                       .uplink = l->client.uplink,
+                                       .left_s = (double)left_ms * 1e-3};
+    fl_status st = update_key == NULL
+                       ? FL_FAIL(&err, FL_ESTATE, "no session")
+                       : node_worker_start(l->o->worker, t, update_key, &upload, &err);
     if (st == FL_OK) {
         fl_log(FL_LOG_INFO, "task.started",
                "round %llu: layers %u to %u at the exit after layer %u, %u steps",
@@ -143,9 +150,15 @@ static void send_chunk(loop *l, const node_client_effect *e) {
 }
 
 static void drop_update(loop *l, const node_client_effect *e) {
-    node_state_spool_drop(l->o->state, e->key.sequence);
+    static const char *const fates[] = {
+        [NODE_RESIDUAL_KEEP] = "",
+        [NODE_RESIDUAL_RETURN] = "its content goes with the next",
+        [NODE_RESIDUAL_DROP] = "its content is dropped, and what was kept of the layer"};
+    const node_residual_fate fate = node_residual_judge(e->verdict, e->code);
+    node_state_spool_end(l->o->state, &e->key, fate);
     if (e->verdict == FL_VERDICT_REFUSED)
-        fl_log(FL_LOG_WARN, "update.refused", "layer %u: %s", e->key.layer, fl_code_text(e->code));
+        fl_log(FL_LOG_WARN, "update.refused", "layer %u: %s; %s", e->key.layer,
+               fl_code_text(e->code), fates[fate]);
     else
         fl_log(FL_LOG_INFO, "update.acknowledged", "layer %u of version %llu", e->key.layer,
                (unsigned long long)e->key.base_version);
@@ -254,7 +267,7 @@ static void watch_link(loop *l) {
                "approval, or was revoked");
 }
 
-static node_observed observe(const loop *l) {
+static node_observed observe(const loop *l, node_work work) {
     struct statvfs disk;
     const time_t now = (time_t)fl_clock_wall_s();
     struct tm local;
@@ -265,13 +278,16 @@ static node_observed observe(const loop *l) {
                        .hour = (uint32_t)local.tm_hour,
                        .disk_free = UINT64_MAX,
                        .on_mains = true};
+    // While a task runs its updates are still to be made, and the books are the worker's.
+    if (work != NODE_WORK_BUSY)
+        o.upload_spent = node_upload_waits(&l->o->state->upload, &l->o->upload, (int64_t)now);
     if (statvfs(l->o->state->folder, &disk) == 0)
         o.disk_free = (uint64_t)disk.f_bavail * disk.f_frsize;
     return o;
 }
 
-static void ask_rules(loop *l, const node_progress *p) {
-    const node_observed o = observe(l);
+static void ask_rules(loop *l, node_work work, const node_progress *p) {
+    const node_observed o = observe(l, work);
     const node_may may = node_policy_ask(&l->o->rules, &o, l->may);
     if (may != l->may) fl_log(FL_LOG_INFO, "policy", "%s", node_may_text(may));
     l->may = may;
@@ -291,6 +307,15 @@ static void ask_rules(loop *l, const node_progress *p) {
     l->client.tokens_local = p->tokens_local;
 }
 
+static void log_upload(loop *l, const node_work_result *r) {
+    if (r->update_count == 0) return;
+    const node_upload_choice *c = &r->upload;
+    l->upload = *c;
+    fl_log(FL_LOG_INFO, "upload", "%s, %.2f %% of the values, %llu bytes: %s; link %.0f kB/s",
+           fl_update_encoding_name(c->encoding), c->keep_ppm * 1e-4, (unsigned long long)r->bytes,
+           node_upload_why_text(c->why), l->client.uplink.bytes_per_s * 1e-3);
+}
+
 static void watch_worker(loop *l, uint64_t now_ms) {
     node_progress p;
     const node_work work = node_worker_poll(l->o->worker, &p);
@@ -299,7 +324,7 @@ static void watch_worker(loop *l, uint64_t now_ms) {
     l->client.loss = p.loss;
     if (now_ms - l->rules_ms >= RULES_MS || l->rules_ms == 0) {
         l->rules_ms = now_ms;
-        ask_rules(l, &p);
+        ask_rules(l, work, &p);
     }
     if (work == NODE_WORK_FAILED) {
         fl_log(FL_LOG_WARN, "task.failed", "%s", node_worker_error(l->o->worker)->text);
@@ -308,6 +333,7 @@ static void watch_worker(loop *l, uint64_t now_ms) {
         const node_work_result *r = node_worker_result(l->o->worker);
         fl_log(FL_LOG_INFO, "task.done", "round %llu: loss %.3f, %zu layers to send",
                (unsigned long long)l->client.task.round, (double)p.loss, r->update_count);
+        log_upload(l, r);
         feed(l, &(node_client_event){.kind = NODE_EV_TRAINED,
                                      .now_ms = now_ms,
                                      .updates = r->updates,
@@ -337,6 +363,12 @@ static void write_status(loop *l, uint64_t now_ms) {
     fl_json_set_integer(root, "bytes_up", (int64_t)c->bytes_up);
     fl_json_set_integer(root, "bytes_down", (int64_t)c->bytes_down);
     fl_json_set_integer(root, "updates_waiting", (int64_t)c->spool_count);
+    fl_json_set_number(root, "uplink_bytes_per_s", c->uplink.bytes_per_s);
+    if (l->upload.bytes > 0) {
+        fl_json_set_string(root, "upload", fl_update_encoding_name(l->upload.encoding));
+        fl_json_set_number(root, "upload_density", l->upload.keep_ppm * 1e-6);
+        fl_json_set_string(root, "upload_reason", node_upload_why_text(l->upload.why));
+    }
     fl_json_set_integer(root, "peak_rss_bytes", (int64_t)l->peak_rss_bytes);
     fl_json_set_integer(root, "process", getpid());
     fl_json_set_integer(root, "written", fl_clock_wall_s());

@@ -12,6 +12,7 @@ typedef struct node_loop_opts {
     node_worker *worker;
     node_rules rules;
     uint64_t memory_bytes; // told to the coordinator
+    node_upload_rule upload;
     const char *data;
 } node_loop_opts;
 

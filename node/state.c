@@ -20,6 +20,7 @@ typedef struct saved {
     int64_t port;
     char run_id[FL_SETTING_TEXT_MAX], model_digest[FL_SETTING_TEXT_MAX];
     int64_t updates_made, reports_made;
+    int64_t upload_day, upload_bytes, upload_least;
 } saved;
 
 #define AT(field) NULL, offsetof(saved, field)
@@ -37,6 +38,11 @@ static const fl_setting run_table[] = {
     {"run", "model", FL_KIND_TEXT, "HEX", 0, 0, "", "digest of its model", AT(model_digest)},
     {"run", "updates", FL_KIND_INTEGER, "count", 0, 0, "0", "updates made", AT(updates_made)},
     {"run", "reports", FL_KIND_INTEGER, "count", 0, 0, "0", "reports made", AT(reports_made)},
+    {"upload", "day", FL_KIND_INTEGER, "days", 0, 0, "0", "since 1970", AT(upload_day)},
+    {"upload", "bytes", FL_KIND_INTEGER, "bytes", 0, 0, "0", "of updates made on it",
+     AT(upload_bytes)},
+    {"upload", "least", FL_KIND_INTEGER, "bytes", 0, 0, "0", "that the last task needed",
+     AT(upload_least)},
 };
 
 void node_state_path(const node_state *s, const char *name, char *path) {
@@ -96,6 +102,7 @@ static fl_status open_tables(node_state *s, fl_err *err) {
     FL_TRY(load_table(s, "run.ini", run_table, FL_COUNT(run_table), &f, &s->has_run, err));
     s->updates_made = f.updates_made;
     s->reports_made = f.reports_made;
+    s->upload = (node_upload_spent){f.upload_day, f.upload_bytes, f.upload_least};
     if (!s->has_run) return FL_OK;
     s->has_run = fl_hex_decode(f.run_id, s->run_id, FL_ID_SIZE) &&
                  fl_hex_decode(f.model_digest, s->model_digest, FL_DIGEST_SIZE);
@@ -124,6 +131,8 @@ fl_status node_state_open(const char *folder, node_state *ret, fl_err *err) {
     node_state_path(&s, "layers", path);
     if (st == FL_OK) st = fl_folder_make(path, err);
     node_state_path(&s, "spool", path);
+    if (st == FL_OK) st = fl_folder_make(path, err);
+    node_state_path(&s, "kept", path);
     if (st == FL_OK) st = fl_folder_make(path, err);
     if (st == FL_OK) st = open_keys(&s, err);
     if (st == FL_OK) st = open_tables(&s, err);
@@ -173,7 +182,11 @@ fl_status node_state_save_enrolment(const node_state *s, fl_err *err) {
 }
 
 fl_status node_state_save_run(const node_state *s, fl_err *err) {
-    saved f = {.updates_made = s->updates_made, .reports_made = s->reports_made};
+    saved f = {.updates_made = s->updates_made,
+               .reports_made = s->reports_made,
+               .upload_day = s->upload.day,
+               .upload_bytes = s->upload.bytes,
+               .upload_least = s->upload.least};
     hex(s->run_id, FL_ID_SIZE, f.run_id, sizeof(f.run_id));
     hex(s->model_digest, FL_DIGEST_SIZE, f.model_digest, sizeof(f.model_digest));
     return save_table(s, "run.ini", run_table, FL_COUNT(run_table), &f, err);
@@ -199,6 +212,7 @@ fl_status node_state_begin_run(node_state *s, const uint8_t run_id[FL_ID_SIZE],
         return FL_OK;
     empty_folder(s, "layers");
     empty_folder(s, "spool");
+    empty_folder(s, "kept"); // of another run's layers
     memcpy(s->run_id, run_id, FL_ID_SIZE);
     memcpy(s->model_digest, model_digest, FL_DIGEST_SIZE);
     s->has_run = true;
@@ -319,18 +333,21 @@ fl_status node_state_fetch_done(node_state *s, const node_object *o, fl_err *err
     return FL_OK;
 }
 
-// ---- spool. A file is u32 size of the encoded UPDATE_BEGIN, that message, the sealed payload.
+// ---- spool. A file is u32 size of the encoded UPDATE_BEGIN, that message, the sealed payload, and
+// behind it what is kept with it, if anything.
+
+#define SPOOL_NAME "%012llu"
 
 static void spool_path(const node_state *s, uint64_t sequence, char *path) {
     char name[64];
-    snprintf(name, sizeof(name), "spool/%012llu", (unsigned long long)sequence);
+    snprintf(name, sizeof(name), "spool/" SPOOL_NAME, (unsigned long long)sequence);
     node_state_path(s, name, path);
 }
 
 enum { BEGIN_MAX = 512, BEGIN_ARENA = 8192 };
 
 fl_status node_state_spool_add(const node_state *s, const fl_update_begin *begin, fl_bytes sealed,
-                               fl_err *err) {
+                               fl_bytes rest, fl_err *err) {
     _Alignas(16) uint8_t block[BEGIN_ARENA];
     uint8_t head[4];
     fl_arena scratch;
@@ -350,6 +367,8 @@ fl_status node_state_spool_add(const node_state *s, const fl_update_begin *begin
     if (st != FL_OK) goto out;
     st = fl_file_write(f, sealed, err);
     if (st != FL_OK) goto out;
+    if (rest.size > 0) st = fl_file_write(f, rest, err);
+    if (st != FL_OK) goto out;
     st = fl_file_commit(&f, err);
 out:
     fl_file_discard(f);
@@ -367,7 +386,7 @@ static fl_status spool_head(fl_bytes file, fl_update_begin *ret, size_t *ret_pay
     if (r.bad || size > BEGIN_MAX) return FL_FAIL(err, FL_EFORMAT, "a spooled update is damaged");
     fl_msg m;
     FL_TRY(fl_msg_decode(FL_MSG_UPDATE_BEGIN, body, &scratch, &m, err));
-    if (m.update_begin.size != fl_reader_left(&r))
+    if (m.update_begin.size > fl_reader_left(&r))
         return FL_FAIL(err, FL_EFORMAT, "a spooled update is cut short");
     *ret = m.update_begin;
     *ret_payload = r.at;
@@ -387,22 +406,29 @@ fl_status node_state_spool_list(const node_state *s, node_spooled *list, size_t 
     DIR *d = opendir(folder);
     if (d == NULL) return fail_errno(err, "list", folder);
     size_t count = 0;
-    for (const struct dirent *e = readdir(d); e != NULL; e = readdir(d)) {
+    fl_status st = FL_OK;
+    for (const struct dirent *e = readdir(d); e != NULL && st == FL_OK; e = readdir(d)) {
         if (e->d_name[0] == '.' || count == FL_LAYERS_MAX) continue;
         snprintf(path, sizeof(path), "%s/%s", folder, e->d_name);
+        char name[32] = "";
         fl_map map = {0};
         size_t payload;
-        if (fl_map_open(path, &map, err) != FL_OK ||
-            spool_head(map.bytes, &list[count].begin, &payload, err) != FL_OK)
-            unlink(path); // a temporary file of a write that was cut off: never acknowledged
-        else
-            count++;
+        st = fl_map_open(path, &map, err);
+        if (st == FL_EIO || st == FL_ENOMEM) continue; // ends it: what cannot be read may be good
+        if (st == FL_OK && spool_head(map.bytes, &list[count].begin, &payload, err) == FL_OK)
+            snprintf(name, sizeof(name), SPOOL_NAME,
+                     (unsigned long long)list[count].begin.key.sequence);
         fl_map_close(&map);
+        st = FL_OK;
+        if (strcmp(name, e->d_name) == 0)
+            count++;
+        else
+            unlink(path); // a temporary file, whole or not, of a write that was cut off
     }
     closedir(d);
     qsort(list, count, sizeof(*list), by_sequence);
     *ret_count = count;
-    return FL_OK;
+    return st;
 }
 
 fl_status node_state_spool_read(const node_state *s, uint64_t sequence, uint64_t offset,
@@ -421,8 +447,105 @@ fl_status node_state_spool_read(const node_state *s, uint64_t sequence, uint64_t
     return st;
 }
 
-void node_state_spool_drop(const node_state *s, uint64_t sequence) {
-    char path[NODE_PATH_MAX];
-    spool_path(s, sequence, path);
-    unlink(path);
+// ---- what updates leave
+
+// Name of the file that keeps the rest of a layer's newest update.
+static void kept_path(const node_state *s, uint32_t layer, bool whole, char *path) {
+    char name[32];
+    snprintf(name, sizeof(name), "kept/%03u%s", layer, whole ? "-whole" : "");
+    node_state_path(s, name, path);
+}
+
+// The sequence of a file that is, or was, a layer's in the spool; 0: there is none, or none with
+// something behind its update. *ret_rest is where that begins. FL_EIO, FL_ENOMEM: not known.
+static fl_status sequence_of(const char *path, uint32_t layer, uint64_t *ret, fl_map *ret_map,
+                             size_t *ret_rest, fl_err *err) {
+    fl_update_begin begin;
+    size_t payload = 0;
+    *ret = 0;
+    *ret_map = (fl_map){0};
+    const fl_status st = fl_map_open(path, ret_map, err);
+    if (st == FL_EIO || st == FL_ENOMEM) return st;
+    if (st != FL_OK) return FL_OK;
+    if (spool_head(ret_map->bytes, &begin, &payload, NULL) == FL_OK && begin.key.layer == layer &&
+        payload + begin.size < ret_map->bytes.size) {
+        *ret_rest = payload + (size_t)begin.size;
+        *ret = begin.key.sequence;
+    }
+    return FL_OK;
+}
+
+static fl_status kept_sequence(const char *path, uint32_t layer, uint64_t *ret, fl_err *err) {
+    fl_map map;
+    size_t rest;
+    const fl_status st = sequence_of(path, layer, ret, &map, &rest, err);
+    fl_map_close(&map);
+    return st;
+}
+
+void node_state_spool_end(const node_state *s, const fl_update_key *key, node_residual_fate fate) {
+    char from[NODE_PATH_MAX], rest[NODE_PATH_MAX], whole[NODE_PATH_MAX];
+    spool_path(s, key->sequence, from);
+    kept_path(s, key->layer, false, rest);
+    kept_path(s, key->layer, true, whole);
+    uint64_t older = 0, old = 0; // 0 as well when it cannot be read: then it is replaced
+    (void)kept_sequence(rest, key->layer, &older, NULL);
+    (void)kept_sequence(whole, key->layer, &old, NULL);
+    const bool newest = older < key->sequence && old < key->sequence;
+    if (fate == NODE_RESIDUAL_DROP) { // of older ones this one's rest was made
+        unlink(rest);
+        unlink(whole);
+    } else if (newest) { // one that has nothing behind it is one with nothing to be read
+        const bool is_whole = fate == NODE_RESIDUAL_RETURN;
+        if (rename(from, is_whole ? whole : rest) == 0) unlink(is_whole ? rest : whole);
+        return;
+    }
+    unlink(from);
+}
+
+fl_status node_state_rest(const node_state *s, uint32_t layer, uint8_t **ret, size_t *ret_size,
+                          bool *ret_whole, fl_err *err) {
+    char paths[2][NODE_PATH_MAX], newest[NODE_PATH_MAX];
+    uint64_t best = 0;
+    for (int whole = 0; whole < 2; whole++) {
+        kept_path(s, layer, whole == 1, paths[whole]);
+        uint64_t sequence;
+        FL_TRY(kept_sequence(paths[whole], layer, &sequence, err));
+        if (sequence <= best) continue;
+        best = sequence;
+        *ret_whole = whole == 1;
+        memcpy(newest, paths[whole], sizeof(newest));
+    }
+    node_spooled *list = calloc(FL_LAYERS_MAX, sizeof(*list));
+    size_t count = 0;
+    if (list == NULL) return FL_FAIL(err, FL_ENOMEM, "no memory for the spool's list");
+    fl_status st = node_state_spool_list(s, list, &count, err);
+    for (size_t i = 0; st == FL_OK && i < count; i++) { // not answered yet: taken to be counted
+        const fl_update_key *key = &list[i].begin.key;
+        if (key->layer != layer || key->sequence <= best) continue;
+        uint64_t sequence;
+        spool_path(s, key->sequence, paths[0]);
+        st = kept_sequence(paths[0], layer, &sequence, err);
+        if (st != FL_OK || sequence != key->sequence) continue;
+        best = sequence;
+        *ret_whole = false;
+        memcpy(newest, paths[0], sizeof(newest));
+    }
+    free(list);
+    if (st == FL_OK && best == 0) st = FL_FAIL(err, FL_ENOENT, "nothing of layer %u", layer);
+    FL_TRY(st);
+    fl_map map;
+    size_t rest = 0;
+    uint64_t sequence;
+    FL_TRY(sequence_of(newest, layer, &sequence, &map, &rest, err));
+    if (sequence != best) {
+        fl_map_close(&map);
+        return FL_FAIL(err, FL_EIO, "the rest of layer %u changed while it was read", layer);
+    }
+    uint8_t *out = malloc(map.bytes.size - rest);
+    if (out != NULL) memcpy(out, map.bytes.data + rest, map.bytes.size - rest);
+    *ret = out;
+    *ret_size = map.bytes.size - rest;
+    fl_map_close(&map);
+    return out != NULL ? FL_OK : FL_FAIL(err, FL_ENOMEM, "no memory for layer %u", layer);
 }

@@ -4,10 +4,14 @@
 //   identity.key, curve.key   who it is: Ed25519 and CURVE secrets, mode 0600
 //   enrolment.ini             whom it belongs to: address and pinned keys of the coordinator
 //   run.ini                   the run it takes part in, and how many updates and reports it has
-//   made model.gguf                the run's compressed model; model.part while it is being fetched
+//                             made, and what updates took of the day's budget
+//   model.gguf                the run's compressed model; model.part while it is being fetched
 //   layers/NNN                the fleet's state of layer NNN (proto/update.h: fl_layer)
 //   layers/NNN.part           one that is being fetched
-//   spool/SEQUENCE            a sealed update that the coordinator has not acknowledged yet
+//   spool/SEQUENCE            a sealed update that the coordinator has not acknowledged yet, and
+//                             behind it what it leaves for the next one (node/upload/residual.h)
+//   kept/NNN                  the newest such file of layer NNN that was counted: its rest counts
+//   kept/NNN-whole            ... that was not counted, but is good: its content counts too
 //   adapter                   the fleet's adapter, for `eval`, `generate` and `chat`
 #ifndef NODE_STATE_H
 #define NODE_STATE_H
@@ -15,6 +19,8 @@
 #include "common/crypto.h"
 #include "common/file.h"
 #include "node/client/client.h"
+#include "node/upload/choose.h"
+#include "node/upload/residual.h"
 
 enum { NODE_PATH_MAX = 1024 };
 
@@ -32,6 +38,7 @@ typedef struct node_state {
     bool has_run;
     uint8_t run_id[FL_ID_SIZE], model_digest[FL_DIGEST_SIZE];
     int64_t updates_made, reports_made; // sequence numbers that were used
+    node_upload_spent upload;           // of the day's budget; the worker's while a task runs
 } node_state;
 
 // Opens the folder, for this process alone; makes keys when there are none. FL_ESTATE: another
@@ -63,13 +70,22 @@ fl_status node_state_store(const node_state *state, const node_object *object, u
 fl_status node_state_fetch_done(node_state *state, const node_object *object,
                                 fl_err *err) FL_NODISCARD;
 
-// The spool. Adding is durable when it returns; `begin->key.sequence` names the file.
+// The spool. Adding is durable when it returns; `begin->key.sequence` names the file. rest: what is
+// kept with it, or nothing.
 fl_status node_state_spool_add(const node_state *state, const fl_update_begin *begin,
-                               fl_bytes sealed, fl_err *err) FL_NODISCARD;
+                               fl_bytes sealed, fl_bytes rest, fl_err *err) FL_NODISCARD;
 fl_status node_state_spool_list(const node_state *state, node_spooled *list, size_t *ret_count,
                                 fl_err *err) FL_NODISCARD; // oldest first; list[FL_LAYERS_MAX]
 fl_status node_state_spool_read(const node_state *state, uint64_t sequence, uint64_t offset,
                                 uint32_t size, uint8_t *out, fl_err *err) FL_NODISCARD;
-void node_state_spool_drop(const node_state *state, uint64_t sequence);
+// The end of an update, by one rename or removal; after a kill before it, the coordinator's answer
+// comes again and so does this.
+void node_state_spool_end(const node_state *state, const fl_update_key *key,
+                          node_residual_fate fate);
+
+// What the newest update of a layer leaves, as bytes of node/upload/residual.h that the caller
+// frees; *ret_whole: with what it carried. FL_ENOENT: nothing.
+fl_status node_state_rest(const node_state *state, uint32_t layer, uint8_t **ret, size_t *ret_size,
+                          bool *ret_whole, fl_err *err) FL_NODISCARD;
 
 #endif

@@ -5,11 +5,11 @@
 #include "node/commands/choose.h"
 #include "node/commands/setup.h"
 #include "node/exits/head.h"
+#include "node/outbox.h"
 #include "node/prefix_disk.h"
 #include "node/schedule/policy.h"
 #include "node/tune/evaluate.h"
 #include "node/tune/tuner.h"
-#include "proto/seal.h"
 #include "proto/update.h"
 
 #include <math.h>
@@ -42,6 +42,8 @@ struct node_worker {
     fl_task task;
     fl_layer_version bases[FL_LAYERS_MAX];
     uint8_t update_key[FL_KEY_SIZE];
+    node_worker_upload upload;
+    double started_s;
     fl_vote vote; // newest of the fleet; count 0: none
 
     pthread_t thread;
@@ -347,62 +349,43 @@ static fl_status run_steps(node_worker *w, node_tuner *tuner, uint64_t *ret_toke
     return FL_OK;
 }
 
-// One layer's change as a sealed file of the spool.
-static fl_status spool_layer(node_worker *w, uint32_t layer, uint64_t base, const float *delta,
-                             uint32_t count, uint64_t tokens, fl_err *err) {
-    const fl_task *t = &w->task;
-    const fl_update_info info = {.encoding = (fl_update_encoding)t->encoding,
-                                 .layer = layer,
-                                 .count = count,
-                                 .base_version = base,
-                                 .tokens = tokens};
-    const size_t size = fl_update_size(count, info.encoding);
-    fl_update_begin b = {.round = t->round,
-                         .task_id = t->task_id,
-                         .tokens = tokens,
-                         .key = {layer, base, (uint64_t)++w->state->updates_made}};
-    memcpy(b.run_id, t->run_id, sizeof(b.run_id));
-    b.size = size + FL_SEAL_EXTRA;
-    fl_seal_label label = {.round = t->round, .key = b.key, .tokens = tokens};
-    memcpy(label.run_id, t->run_id, sizeof(label.run_id));
-    memcpy(label.node_key, w->state->identity_key, sizeof(label.node_key));
-    uint8_t random[FL_KEY_SIZE], *plain = malloc(size + b.size);
-    if (size == 0 || plain == NULL) {
-        free(plain);
-        return FL_FAIL(err, FL_ENOMEM, "no memory for the update of layer %u", layer);
-    }
-    uint8_t *sealed = plain + size;
-    fl_random(random, sizeof(random));
-    fl_status st = fl_update_encode(&info, delta, fl_get_u64(random), plain, size, NULL, err);
-    fl_random(random, sizeof(random));
-    if (st == FL_OK)
-        st = fl_seal_update(&label, (fl_bytes){plain, size}, w->state->identity, w->update_key,
-                            random, sealed, b.size, err);
-    if (st == FL_OK) {
-        fl_hash((fl_bytes){sealed, b.size}, b.digest);
-        st = node_state_save_run(w->state, err); // a sequence number is never used twice
-    }
-    if (st == FL_OK) st = node_state_spool_add(w->state, &b, (fl_bytes){sealed, b.size}, err);
-    if (st == FL_OK) w->result.updates[w->result.update_count++].begin = b;
-    fl_wipe(random, sizeof(random));
-    fl_wipe(plain, size + b.size);
-    free(plain);
-    return st;
+// How this task's updates are to be made, as far as it can be said now.
+static node_upload_choice choose_upload(node_worker *w, const node_adapter *a) {
+    uint32_t counts[FL_LAYERS_MAX];
+    for (size_t i = 0; i < w->task.base_count; i++)
+        counts[i] = vector_count(a, w->session.model, w->bases[i].layer);
+    const double passed_s = fl_clock_s() - w->started_s;
+    const double left_s = w->upload.left_s - passed_s;
+    const node_outbox_terms terms = {.rule = w->upload.rule,
+                                     .uplink = w->upload.uplink,
+                                     .work_s = passed_s,
+                                     .left_s = left_s > 0.0 ? left_s : 0.0,
+                                     .now_s = fl_clock_wall_s()};
+    return node_outbox_choose(w->state, &w->task, &terms, counts, (uint32_t)w->task.base_count);
 }
 
 static fl_status spool_window(node_worker *w, const node_adapter *a, const float *before,
                               uint64_t tokens, fl_err *err) {
     const node_model *m = w->session.model;
     const float *base = before;
+    node_outbox out = {.state = w->state,
+                       .task = &w->task,
+                       .update_key = w->update_key,
+                       .choice = choose_upload(w, a)};
+    w->result.upload = out.choice;
     for (uint32_t i = 0; i < w->task.base_count; i++) {
         const uint32_t layer = w->bases[i].layer, count = vector_count(a, m, layer);
         float *delta = malloc(count * sizeof(*delta));
         if (delta == NULL) return FL_FAIL(err, FL_ENOMEM, "no memory for a delta");
         vector_get(a, m, layer, delta);
         for (uint32_t k = 0; k < count; k++) delta[k] -= base[k];
-        const fl_status st = spool_layer(w, layer, w->bases[i].version, delta, count, tokens, err);
+        fl_update_begin *made = &w->result.updates[w->result.update_count].begin;
+        const fl_status st =
+            node_outbox_put(&out, layer, w->bases[i].version, delta, count, tokens, made, err);
         free(delta);
         FL_TRY(st);
+        w->result.update_count++;
+        w->result.bytes += made->size;
         base += count;
     }
     return FL_OK;
@@ -415,6 +398,21 @@ static fl_status open_prefix(node_worker *w, const node_prefix_shape *shape, fl_
     node_prefix_home_close(&w->prefix);
     if (shape->places + shape->store_places == 0) return FL_OK;
     return node_prefix_home_open(shape, w->opts.prefix_folder, &w->prefix, err);
+}
+
+// Training that could not be sent for lack of the owner's bytes is not begun.
+static fl_status check_upload(node_worker *w, const node_adapter *a, fl_err *err) {
+    for (size_t i = 0; i < w->task.base_count; i++) {
+        if (w->bases[i].layer >= w->session.model->layers)
+            return FL_FAIL(err, FL_EFORMAT, "the model has no layer %u", w->bases[i].layer);
+    }
+    const node_upload_choice c = choose_upload(w, a);
+    if (c.why != NODE_UPLOAD_SPENT) return FL_OK;
+    FL_TRY(node_state_save_run(w->state, err)); // so that it is known after a restart, too
+    return FL_FAIL(err, FL_ELIMIT, "%s: %llu bytes are left, an update takes %llu",
+                   node_upload_why_text(c.why),
+                   (unsigned long long)node_upload_left(&w->state->upload, &w->upload.rule),
+                   (unsigned long long)c.least);
 }
 
 // Trains the window and spools what changed.
@@ -448,6 +446,8 @@ static fl_status train(node_worker *w, node_adapter *a, fl_err *err) {
         node_tuner_bind(tuner, &w->session.engine, m, a, &w->corpus->train, &plan.opts, &arena);
         if (w->prefix.block != NULL) node_tuner_use_prefix(tuner, &w->prefix.prefix);
         st = run_steps(w, tuner, &tokens, err);
+        free(block); // the updates need memory of their own
+        block = NULL;
         if (st == FL_OK) st = spool_window(w, a, before, tokens, err);
     }
     free(before);
@@ -466,6 +466,8 @@ static fl_status do_task(node_worker *w, fl_err *err) {
     fl_status st = node_adapter_save(a, path, err);
     if (st != FL_OK) goto out;
     node_tune_plan plan; // refused before anything takes time
+    if (w->task.kind == FL_TASK_TRAIN) st = check_upload(w, a, err);
+    if (st != FL_OK) goto out;
     if (w->task.kind == FL_TASK_TRAIN) st = make_plan(w, a, 0, &plan, err);
     if (st != FL_OK) goto out;
     st = measure(w, a, r, err);
@@ -500,7 +502,8 @@ static void *work(void *arg) {
 }
 
 fl_status node_worker_start(node_worker *w, const fl_task *task,
-                            const uint8_t update_key[FL_KEY_SIZE], fl_err *err) {
+                            const uint8_t update_key[FL_KEY_SIZE],
+                            const node_worker_upload *upload, fl_err *err) {
     if (w->work == NODE_WORK_BUSY) return FL_FAIL(err, FL_ESTATE, "another task is under way");
     w->task = *task;
     for (size_t i = 0; i < task->base_count; i++) w->bases[i] = task->bases[i];
@@ -508,6 +511,8 @@ fl_status node_worker_start(node_worker *w, const fl_task *task,
     // Version 0 counts too: the coordinator's first EM step starts from its weights.
     if (task->vote.count > 0) w->vote = task->vote;
     memcpy(w->update_key, update_key, FL_KEY_SIZE);
+    w->upload = *upload;
+    w->started_s = fl_clock_s();
     w->stop = false;
     w->step = 0;
     w->tokens = 0;

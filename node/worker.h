@@ -5,6 +5,8 @@
 #define NODE_WORKER_H
 
 #include "node/state.h"
+#include "node/upload/choose.h"
+#include "node/upload/uplink.h"
 
 typedef struct node_worker_opts {
     const char *data;          // file or folder of private text
@@ -24,9 +26,16 @@ fl_status node_worker_open(const node_worker_opts *opts, node_state *state, node
                            fl_err *err) FL_NODISCARD;
 void node_worker_close(node_worker *worker); // stops a task first; NULL is fine
 
+typedef struct node_worker_upload {
+    node_upload_rule rule;
+    node_uplink uplink; // as measured so far
+    double left_s;      // until the task's deadline
+} node_worker_upload;
+
 // Starts on a task: its objects are on disk. update_key: the coordinator's, for sealing.
 fl_status node_worker_start(node_worker *worker, const fl_task *task,
-                            const uint8_t update_key[FL_KEY_SIZE], fl_err *err) FL_NODISCARD;
+                            const uint8_t update_key[FL_KEY_SIZE],
+                            const node_worker_upload *upload, fl_err *err) FL_NODISCARD;
 void node_worker_pause(node_worker *worker, bool pause); // takes effect at the next step
 void node_worker_stop(node_worker *worker);              // ends as NODE_WORK_FAILED, soon
 // New voting weights of the fleet, used from the next task on.
@@ -54,6 +63,8 @@ node_work node_worker_poll(node_worker *worker, node_progress *ret);
 typedef struct node_work_result {
     node_spooled updates[FL_LAYERS_MAX]; // durable in the spool
     size_t update_count;
+    node_upload_choice upload; // how they were made
+    uint64_t bytes;            // of all of them, sealed
     fl_report report;
     bool has_report;
 } node_work_result;

@@ -24,6 +24,7 @@ enum {
     FL_EXITS_MAX = 16,
     FL_TASK_RANK_MAX = 256,
     FL_STEPS_MAX = 100000,
+    FL_TASK_ENCODINGS = 5, // encodings that a task may name
     FL_SEQUENCE_MAX = 8192, // tokens in one training sequence
     FL_MICRO_BATCH_MAX = 1024,
     FL_CODEC_ARENA = 640 << 10, // a scratch arena of this size holds any legal message, either way
@@ -68,7 +69,8 @@ enum {
     X(NOT_FINITE, 69, "update has values that are not finite or out of range")                     \
     X(NORM, 70, "update's norm is far above the others'")                                          \
     X(LATE, 71, "update came too late to count")                                                   \
-    X(NOT_ASSIGNED, 72, "node has no task for this layer")
+    X(NOT_ASSIGNED, 72, "node has no task for this layer")                                         \
+    X(ENCODING, 73, "update's encoding is not supported")
 
 typedef enum fl_code {
 #define X(name, number, text) FL_CODE_##name = (number),
@@ -219,7 +221,12 @@ typedef struct fl_task {
     const fl_layer_object *objects;
     fl_vote vote;
     uint64_t deadline_ms; // from receipt, 1..FL_DEADLINE_MS_MAX
-    uint32_t encoding;    // of updates: fl_update_encoding
+    uint32_t encoding;    // of updates: 1 or 2, for a node that knows no others (update.h)
+    // For one that does: the richest encoding that is wanted, 1..5; the node sends this or less.
+    // 0: `encoding` is all there is, and what a number reads as that this version does not know.
+    uint32_t encoding_most;
+    uint32_t keep_ppm; // values of a layer that a sparse update names at most, 0..1000000 of a
+                       // million; 0: as many as the node likes
     uint32_t eval_tokens; // held-out tokens to score for the report; 0: as many as there are
 } fl_task;
 

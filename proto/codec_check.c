@@ -173,6 +173,8 @@ static fl_status check_task(const fl_task *m, fl_err *err) {
          FL_ELIMIT, "%u steps", m->steps);
     NEED(m->deadline_ms != 0 && m->deadline_ms <= FL_DEADLINE_MS_MAX, FL_ELIMIT, "deadline");
     NEED(m->encoding == 1 || m->encoding == 2, FL_ELIMIT, "update encoding %u", m->encoding);
+    NEED(m->encoding_most <= FL_TASK_ENCODINGS, FL_ELIMIT, "encoding %u", m->encoding_most);
+    NEED(m->keep_ppm <= 1000000, FL_ELIMIT, "%u of a million values", m->keep_ppm);
     FL_TRY(check_task_shape(m, err));
     FL_TRY(check_task_lists(m, err));
     return check_vote(&m->vote, m->exit_count, err);

@@ -191,6 +191,8 @@ static fl_status read_task(const Fleetune__V1__Task *p, fl_arena *scratch, fl_ta
     ret->seed = p->seed;
     ret->deadline_ms = p->deadline_ms;
     ret->encoding = p->encoding;
+    ret->encoding_most = p->encoding_most <= FL_TASK_ENCODINGS ? p->encoding_most : 0;
+    ret->keep_ppm = p->keep_ppm;
     ret->eval_tokens = p->eval_tokens;
     ret->base_count = p->n_bases;
     if (!fixed(&p->run_id, ret->run_id, FL_ID_SIZE) ||

@@ -198,6 +198,8 @@ static fl_status write_task(const fl_task *m, fl_arena *scratch, void **ret, fl_
     p->seed = m->seed;
     p->deadline_ms = m->deadline_ms;
     p->encoding = m->encoding;
+    p->encoding_most = m->encoding_most;
+    p->keep_ppm = m->keep_ppm;
     p->eval_tokens = m->eval_tokens;
     p->n_bases = m->base_count;
     FL_TRY(write_layers(m->bases, m->base_count, scratch, &p->bases, err));

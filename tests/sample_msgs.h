@@ -57,6 +57,8 @@ static inline fl_task sample_task(uint32_t window) {
         .vote = {7, FL_VOTE_MIXTURE, 2, {0.25f, 0.75f}, {1.5f, 1.0f}},
         .deadline_ms = 600000,
         .encoding = 1,
+        .encoding_most = 5,
+        .keep_ppm = 50000,
         .eval_tokens = 2048,
     };
     sample_bytes(t.run_id, FL_ID_SIZE, 1);

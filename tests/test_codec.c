@@ -346,6 +346,8 @@ static void test_limits_of_tasks(void) {
     REFUSED(TASK, m.task.vote.mode = (fl_vote_mode)0);
     REFUSED(TASK, m.task.deadline_ms = 0);
     REFUSED(TASK, m.task.encoding = 3);
+    REFUSED(TASK, m.task.encoding_most = 6);
+    REFUSED(TASK, m.task.keep_ppm = 1000001);
     REFUSED(TASK, m.task.kind = FL_TASK_EVAL); // with steps and bases
     REFUSED(WAIT, m.wait.retry_after_ms = 0);
     REFUSED(WAIT, m.wait.retry_after_ms = FL_WAIT_MS_MAX + 1);

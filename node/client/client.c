@@ -228,10 +228,19 @@ static bool same_key(const fl_update_key *a, const fl_update_key *b) {
     return a->layer == b->layer && a->base_version == b->base_version && a->sequence == b->sequence;
 }
 
+// The answer to what was sent once: to UPDATE_BEGIN, or to a chunk that came as a whole.
+static void measure(node_client *c, uint64_t offset, uint64_t ms) {
+    if (!c->begun)
+        node_uplink_small(&c->uplink, ms);
+    else if (offset > c->sent && offset - c->sent <= FL_CHUNK_MAX)
+        node_uplink_chunk(&c->uplink, (uint32_t)(offset - c->sent), ms);
+}
+
 static void on_want(node_client *c, const node_client_event *ev, node_client_effects *fx) {
     const fl_update_want *m = &ev->message->update_want;
     if (c->phase != NODE_CLIENT_SENDING || !same_key(&m->key, &c->spool[0].begin.key)) return;
     if (m->offset > c->spool[0].begin.size) return;
+    if (c->resends == 0) measure(c, m->offset, ev->now_ms - c->asked_ms);
     c->begun = true;
     c->sent = m->offset;
     c->resends = 0;

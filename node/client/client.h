@@ -13,6 +13,7 @@
 #ifndef NODE_CLIENT_CLIENT_H
 #define NODE_CLIENT_CLIENT_H
 
+#include "node/upload/uplink.h"
 #include "proto/codec.h"
 
 enum {
@@ -125,6 +126,8 @@ typedef struct node_client {
     bool begun;    // UPDATE_WANT was received for spool[0]
     fl_report report;
     bool has_report;
+
+    node_uplink uplink; // measured on updates
 
     uint64_t asked_ms; // when the request under way was sent
     uint32_t resends;

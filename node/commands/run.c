@@ -20,6 +20,9 @@ typedef struct run_settings {
     int64_t hour_first, hour_last;
     uint64_t disk_free, prefix_cache, prefix_disk;
     char prefix_folder[FL_SETTING_TEXT_MAX];
+    char upload[FL_SETTING_TEXT_MAX];
+    uint64_t upload_budget;
+    node_upload_rule rule; // the two above, parsed
     bool log_json;
 } run_settings;
 
@@ -40,6 +43,11 @@ static const fl_setting settings[] = {
      "keep more of them here on disk, sealed, while the agent runs", SET(prefix_folder)},
     {"limits", "prefix_disk", FL_KIND_SIZE, "SIZE", 0, 0, "1G", "of that disk, at most",
      SET(prefix_disk)},
+    {"limits", "upload", FL_KIND_TEXT, "HOW", 0, 0, "auto",
+     "how much of an update to send: auto, by the link; dense, all that is wanted; or a share",
+     SET(upload)},
+    {"limits", "upload_budget", FL_KIND_SIZE, "SIZE", 0, 0, "0",
+     "bytes of updates a day (UTC); 0: no limit", SET(upload_budget)},
     {"policy", "pause_celsius", FL_KIND_NUMBER, "degrees", 30, 120, "75",
      "pause at this temperature", SET(pause_c)},
     {"policy", "resume_celsius", FL_KIND_NUMBER, "degrees", 20, 119, "65",
@@ -53,6 +61,7 @@ static const fl_setting settings[] = {
 
 typedef struct run_opts {
     char state[FL_SETTING_TEXT_MAX], data[FL_SETTING_TEXT_MAX], memory[FL_SETTING_TEXT_MAX];
+    char upload[FL_SETTING_TEXT_MAX], upload_budget[FL_SETTING_TEXT_MAX];
     int64_t threads;
     bool sample;
 } run_opts;
@@ -64,11 +73,22 @@ static const fl_setting table[] = {
      offsetof(run_opts, memory)},
     {NULL, "threads", FL_KIND_INTEGER, "N", 0, 64, "0", "threads; 0: the best number", NULL,
      offsetof(run_opts, threads)},
+    {NULL, "upload", FL_KIND_TEXT, "HOW", 0, 0, "",
+     "how much of an update to send: auto (default), dense, or a share as 0.02", NULL,
+     offsetof(run_opts, upload)},
+    {NULL, "upload-budget", FL_KIND_TEXT, "SIZE", 0, 0, "", "bytes of updates a day, e.g. 20M",
+     NULL, offsetof(run_opts, upload_budget)},
     {NULL, "state", FL_KIND_TEXT, "FOLDER", 0, 0, "", "where the node keeps its state", NULL,
      offsetof(run_opts, state)},
     {NULL, "sample-config", FL_KIND_FLAG, NULL, 0, 0, "no", "print a documented node.ini and exit",
      NULL, offsetof(run_opts, sample)},
 };
+
+static const fl_setting *setting(const char *key) {
+    size_t i = 0;
+    while (strcmp(settings[i].key, key) != 0) FL_ASSERT(++i < FL_COUNT(settings));
+    return &settings[i];
+}
 
 static fl_status load_settings(const run_opts *o, const char *folder, run_settings *ret,
                                fl_err *err) {
@@ -80,7 +100,12 @@ static fl_status load_settings(const run_opts *o, const char *folder, run_settin
     FL_TRY(st);
     if (o->data[0] != '\0') snprintf(ret->data, sizeof(ret->data), "%s", o->data);
     if (o->threads != 0) ret->threads = o->threads;
-    if (o->memory[0] != '\0') FL_TRY(fl_setting_parse(&settings[1], o->memory, ret, err));
+    if (o->memory[0] != '\0') FL_TRY(fl_setting_parse(setting("memory"), o->memory, ret, err));
+    if (o->upload[0] != '\0') snprintf(ret->upload, sizeof(ret->upload), "%s", o->upload);
+    if (o->upload_budget[0] != '\0')
+        FL_TRY(fl_setting_parse(setting("upload_budget"), o->upload_budget, ret, err));
+    ret->rule.budget_bytes = ret->upload_budget;
+    FL_TRY(node_upload_parse(ret->upload, &ret->rule, err));
     if (ret->data[0] == '\0')
         return FL_FAIL(err, FL_EARG, "no text to learn from: give --data PATH, or set `data` in %s",
                        path);
@@ -116,6 +141,7 @@ static fl_status run_agent(const run_settings *set, node_state *state, fl_err *e
         .worker = worker,
         .memory_bytes = memory,
         .data = set->data,
+        .upload = set->rule,
         .rules = {.pause_c = set->pause_c,
                   .resume_c = set->resume_c,
                   .busy_max = 1.0,

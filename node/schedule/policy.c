@@ -18,6 +18,7 @@ node_may node_policy_ask(const node_rules *r, const node_observed *now, node_may
     if (!hour_allowed(r, now->hour)) return NODE_MAY_NOT_HOUR;
     if (now->disk_free < r->disk_free_min) return NODE_MAY_NOT_DISK;
     if (r->mains_only && !now->on_mains) return NODE_MAY_NOT_BATTERY;
+    if (now->upload_spent) return NODE_MAY_NOT_UPLOAD;
     return NODE_MAY_TRAIN;
 }
 
@@ -40,6 +41,7 @@ const char *node_may_text(node_may may) {
         [NODE_MAY_NOT_HOUR] = "outside the owner's hours",
         [NODE_MAY_NOT_DISK] = "too little free disk space",
         [NODE_MAY_NOT_BATTERY] = "running on battery",
+        [NODE_MAY_NOT_UPLOAD] = "the day's upload budget is spent",
     };
     return texts[may];
 }

@@ -21,6 +21,7 @@ typedef struct node_observed {
     uint32_t hour;          // local, 0..23
     uint64_t disk_free;     // bytes
     bool on_mains;          // true when unknown
+    bool upload_spent;      // another task's updates would be above the owner's budget
 } node_observed;
 
 typedef enum node_may {
@@ -31,6 +32,7 @@ typedef enum node_may {
     NODE_MAY_NOT_HOUR,
     NODE_MAY_NOT_DISK,
     NODE_MAY_NOT_BATTERY,
+    NODE_MAY_NOT_UPLOAD, // the day's budget of bytes is spent
 } node_may;
 
 // `before` is the previous answer: paused by heat, we wait for resume_c; paused by load, for half
