@@ -203,6 +203,7 @@ fl_status fl_file_write(fl_file *f, fl_bytes bytes, fl_err *err) {
 static fl_status sync_folder_of(const char *path, fl_err *err) {
     char folder[PATH_MAX];
     snprintf(folder, sizeof(folder), "%s", path);
+    for (size_t n = strlen(folder); n > 1 && folder[n - 1] == '/';) folder[--n] = '\0';
     char *slash = strrchr(folder, '/');
     if (slash == NULL)
         snprintf(folder, sizeof(folder), ".");
@@ -257,10 +258,11 @@ out:
 }
 
 fl_status fl_folder_make(const char *path, fl_err *err) {
-    if (!fl_fault() && mkdir(path, 0700) == 0) return FL_OK;
     struct stat s;
-    if (errno == EEXIST && stat(path, &s) == 0 && S_ISDIR(s.st_mode)) return FL_OK;
-    return fail_errno(err, "create folder", path);
+    if (fl_fault()) return fail_errno(err, "create folder", path);
+    if (mkdir(path, 0700) != 0 && (errno != EEXIST || stat(path, &s) != 0 || !S_ISDIR(s.st_mode)))
+        return fail_errno(err, "create folder", path);
+    return sync_folder_of(path, err); // also when it is there: its maker may not have come so far
 }
 
 bool fl_file_exists(const char *path) {

@@ -21,7 +21,10 @@
 #include <sys/prctl.h>
 #include <sys/wait.h>
 
-enum { LAYERS = 6, COUNT = 300, NODES = 3, SENT_MAX = 4096, PATIENCE_MS = 30000 };
+#ifndef FLEET_PATIENCE_MS
+#define FLEET_PATIENCE_MS 30000
+#endif
+enum { LAYERS = 6, COUNT = 300, NODES = 3, SENT_MAX = 4096, PATIENCE_MS = FLEET_PATIENCE_MS };
 
 static char root[200], dir[256], model[256], program[512];
 static uint16_t port;

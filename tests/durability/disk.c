@@ -23,7 +23,8 @@ static int log_fd = -1;
 static uint64_t *counts; // shared with the test
 static uint64_t own_counts[DISK_OPS + 1];
 static disk_action action;
-static uint64_t when; // 0: never
+static uint64_t when;               // 0: never
+static unsigned of_op = DISK_OPS; // which calls are counted for it; DISK_OPS: all
 
 static int sys_open(const char *path, int flags, mode_t mode) {
     return (int)syscall(SYS_openat, AT_FDCWD, path, flags, mode);
@@ -35,12 +36,21 @@ static void read_plan(const char *plan) {
         DISK_ACTION_LIST(X)
 #undef X
     };
+    static const char *const ops[] = {
+#define X(name, text) text,
+        DISK_OP_LIST(X)
+#undef X
+    };
+    char word[16] = "", op[16] = "";
+    if (sscanf(plan, "%15[a-z]/%15[a-z]", word, op) < 1) return;
     const char *colon = strchr(plan, ':');
-    for (unsigned i = 0; colon != NULL && i < DISK_ACTIONS; i++) {
-        if (strncmp(plan, names[i], (size_t)(colon - plan)) != 0) continue;
+    for (unsigned i = 0; i < DISK_ACTIONS && colon != NULL; i++) {
+        if (strcmp(word, names[i]) != 0) continue;
         action = (disk_action)i;
         when = strtoull(colon + 1, NULL, 10);
     }
+    for (unsigned i = 0; i < DISK_OPS; i++)
+        if (strcmp(op, ops[i]) == 0) of_op = i;
 }
 
 __attribute__((constructor)) static void begin(void) {
@@ -87,8 +97,9 @@ static bool takes_space(disk_op op) {
 // What is to become of this call: 0 it goes on, 1 half of it and the end, 2 half of it; or the
 // program ends here, or errno is set and it is -1.
 static int decide(disk_op op) {
-    __atomic_add_fetch(&counts[op], 1, __ATOMIC_SEQ_CST);
-    const uint64_t now = __atomic_add_fetch(&counts[DISK_OPS], 1, __ATOMIC_SEQ_CST);
+    const uint64_t in_kind = __atomic_add_fetch(&counts[op], 1, __ATOMIC_SEQ_CST);
+    const uint64_t in_all = __atomic_add_fetch(&counts[DISK_OPS], 1, __ATOMIC_SEQ_CST);
+    const uint64_t now = of_op == DISK_OPS ? in_all : of_op == op ? in_kind : 0;
     if (when == 0 || now < when || (now > when && action != DISK_DO_FULL)) return 0;
     switch (action) {
     case DISK_DO_KILL:

@@ -48,6 +48,7 @@ static void run_point(const stage *s, const char *the_plan) {
 }
 
 static int in_child(const stage *s, const char *the_plan) {
+    t_failed = 0;
     if (setjmp(t_leave) == 0) run_point(s, the_plan);
     if (coordinator > 0) kill(coordinator, SIGKILL);
     const disk_action a = the_plan == NULL ? DISK_ACTIONS : action_of(the_plan);
