@@ -199,6 +199,15 @@ fl_status fl_file_write(fl_file *f, fl_bytes bytes, fl_err *err) {
     return FL_OK;
 }
 
+fl_status fl_folder_sync(const char *path, fl_err *err) {
+    const int fd = fl_fault() ? (errno = EIO, -1) : open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (fd < 0) return fail_errno(err, "open", path);
+    const bool ok = !fl_fault() && fsync(fd) == 0;
+    const fl_status st = ok ? FL_OK : fail_errno(err, "sync", path);
+    close(fd);
+    return st;
+}
+
 // A rename is durable only when the folder that holds the name is.
 static fl_status sync_folder_of(const char *path, fl_err *err) {
     char folder[PATH_MAX];
@@ -209,13 +218,7 @@ static fl_status sync_folder_of(const char *path, fl_err *err) {
         snprintf(folder, sizeof(folder), ".");
     else
         slash[slash == folder ? 1 : 0] = '\0';
-    const int fd =
-        fl_fault() ? (errno = EIO, -1) : open(folder, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    if (fd < 0) return fail_errno(err, "open", folder);
-    const bool ok = !fl_fault() && fsync(fd) == 0;
-    const fl_status st = ok ? FL_OK : fail_errno(err, "sync", folder);
-    close(fd);
-    return st;
+    return fl_folder_sync(folder, err);
 }
 
 fl_status fl_file_commit(fl_file **file, fl_err *err) {

@@ -62,7 +62,7 @@ static const char schema[] =
 fl_status coord_sql_fail(coord_store *s, fl_err *err) {
     const int code = s->db == NULL ? SQLITE_CANTOPEN : sqlite3_extended_errcode(s->db);
     const char *text = s->db == NULL ? "out of memory" : sqlite3_errmsg(s->db);
-    switch (code & 0xff) {
+    switch (code == SQLITE_IOERR_DATA ? SQLITE_CORRUPT : code & 0xff) { // the sum of a page
     case SQLITE_BUSY:
     case SQLITE_LOCKED:
         return FL_FAIL(err, FL_ETIME, "%s/state.db is locked by another process", s->dir);
@@ -206,9 +206,16 @@ static fl_status connect_db(coord_store *s, int flags, fl_err *err) {
         if (fd < 0) return FL_FAIL(err, FL_EIO, "cannot create %s: %s", path, strerror(errno));
         close(fd);
     }
-    if (sqlite3_open_v2(path, &s->db, flags | SQLITE_OPEN_NOMUTEX, NULL) != SQLITE_OK)
+    const char *vfs = NULL;
+    FL_TRY(coord_pages_vfs(&vfs, err));
+    if (sqlite3_open_v2(path, &s->db, flags | SQLITE_OPEN_NOMUTEX, vfs) != SQLITE_OK)
         return coord_sql_fail(s, err);
     sqlite3_busy_timeout(s->db, BUSY_MS);
+    if ((flags & SQLITE_OPEN_CREATE) != 0) { // of a state that is there both are as they were made
+        int reserve = COORD_PAGE_SUM;
+        sqlite3_file_control(s->db, "main", SQLITE_FCNTL_RESERVE_BYTES, &reserve);
+        FL_TRY(exec(s, "PRAGMA page_size=4096", err));
+    }
     FL_TRY(exec(s, "PRAGMA journal_mode=WAL", err));
     return exec(s, "PRAGMA synchronous=FULL; PRAGMA cache_size=-4096; PRAGMA trusted_schema=OFF",
                 err);

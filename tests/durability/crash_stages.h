@@ -129,6 +129,33 @@ static void use_adam(bool adam) {
         (coord_opt){.kind = COORD_FEDADAM, .rate = 0.01, .beta1 = 0.9, .beta2 = 0.99, .tau = 0.001};
 }
 
+// ---- backup of a coordinator that runs, and what is restored from it
+
+static void play_backup(void) {
+    char copy[300], again[300];
+    snprintf(copy, sizeof(copy), "%s.backup", dir); // also below the folder that disk.c looks at
+    snprintf(again, sizeof(again), "%s.restored", dir);
+    start_whole();
+    const int made = PLANNED(true, "backup", dir, copy);
+    const bool is_made = made == 0 || (made == 1 && first_end != -1 && fl_file_exists(copy));
+    T_CHECK(is_made, "backup again: %d", made);
+    const int back = PLANNED(true, "restore", copy, again);
+    T_CHECK(back == 0 || (back == 1 && first_end != -1 && fl_file_exists(again)), "restore: %d",
+            back);
+    T_EQ(stop(SIGTERM), 0);
+    char home[sizeof(dir)];
+    snprintf(home, sizeof(home), "%s", dir);
+    snprintf(dir, sizeof(dir), "%.255s", copy);
+    judge();
+    snprintf(dir, sizeof(dir), "%.255s", again);
+    judge();
+    start_whole();
+    stop_asked();
+    remove_tree(copy);
+    remove_tree(again);
+    snprintf(dir, sizeof(dir), "%s", home);
+}
+
 // ----
 
 static stage stages[] = {
@@ -137,6 +164,7 @@ static stage stages[] = {
     {.name = "commands", .play = play_commands},
     {.name = "round", .play = play_round},
     {.name = "adam", .play = play_round, .adam = true},
+    {.name = "backup", .play = play_backup},
 };
 enum { STAGES = sizeof(stages) / sizeof(stages[0]) };
 
@@ -213,6 +241,7 @@ static void make_stages(void) {
     keep_stage("adam");
     fill_state(enrolled, false);
     keep_stage("round");
+    keep_stage("backup");
 }
 
 #endif
