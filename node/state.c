@@ -114,7 +114,24 @@ static fl_status take_lock(node_state *s, fl_err *err) {
     return FL_FAIL(err, FL_ESTATE, "another fleetune-node works with the state in %s", s->folder);
 }
 
+// What a kill left of files that were being written beside their names (common/file.c): a whole one
+// must not be taken for what it was to become.
+static void remove_cut_off(const node_state *s, const char *name) {
+    static const char letters[] = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789";
+    char folder[NODE_PATH_MAX];
+    node_state_path(s, name, folder);
+    DIR *d = opendir(folder);
+    if (d == NULL) return;
+    for (const struct dirent *e; (e = readdir(d)) != NULL;) {
+        const size_t n = strlen(e->d_name);
+        if (n > 7 && e->d_name[n - 7] == '.' && strspn(e->d_name + n - 6, letters) == 6)
+            unlinkat(dirfd(d), e->d_name, 0);
+    }
+    closedir(d);
+}
+
 fl_status node_state_open(const char *folder, node_state *ret, fl_err *err) {
+    static const char *const folders[] = {".", "layers", "spool"};
     node_state s = {0};
     if (snprintf(s.folder, sizeof(s.folder), "%s", folder) >= (int)sizeof(s.folder))
         return FL_FAIL(err, FL_EARG, "the state folder's path is too long");
@@ -125,6 +142,7 @@ fl_status node_state_open(const char *folder, node_state *ret, fl_err *err) {
     if (st == FL_OK) st = fl_folder_make(path, err);
     node_state_path(&s, "spool", path);
     if (st == FL_OK) st = fl_folder_make(path, err);
+    for (size_t i = 0; st == FL_OK && i < FL_COUNT(folders); i++) remove_cut_off(&s, folders[i]);
     if (st == FL_OK) st = open_keys(&s, err);
     if (st == FL_OK) st = open_tables(&s, err);
     if (st != FL_OK) {

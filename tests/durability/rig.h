@@ -375,6 +375,7 @@ static void settle(const char *from) {
     snprintf(said_path, sizeof(said_path), "%s.said", dir);
     snprintf(at, sizeof(at), "tcp://127.0.0.1:%u", port);
     setenv("FLEETUNE_COORDINATOR_NETWORK_LISTEN", at, 1);
+    remove_tree(dir); // of a process of the same number that failed
     if (from != NULL) copy_tree(from, dir, false);
     look_after = tend;
 }
