@@ -1,4 +1,4 @@
-// The library that is preloaded: see disk.h. Calls go to the kernel directly; nothing here allocates.
+// The library that is preloaded: see disk.h. Calls go to the kernel directly; nothing allocates.
 #include "tests/durability/disk.h"
 
 #include <dlfcn.h>

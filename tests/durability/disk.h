@@ -10,7 +10,7 @@
 
 #define DISK_ROOT  "FLEETUNE_DISK_ROOT"  // the folder; without it the library does nothing
 #define DISK_PLAN  "FLEETUNE_DISK_PLAN"  // "ACTION:K" or "ACTION/KIND:K": the K-th call, from 1
-#define DISK_COUNT "FLEETUNE_DISK_COUNT" // a file that holds uint64_t[DISK_OPS + 1]: calls by kind, all
+#define DISK_COUNT "FLEETUNE_DISK_COUNT" // a file of uint64_t[DISK_OPS + 1]: calls by kind, all
 #define DISK_LOG   "FLEETUNE_DISK_LOG"   // a file that records are appended to
 
 #define DISK_OP_LIST(X)                                                                            \

@@ -98,8 +98,8 @@ static void check_end(int status, const char *the_plan) {
             said());
 }
 
-// Waits until it listens; false when it ended instead, with *ret_status. *ret_ms: how long that took,
-// without the time for which this very process did not run, because all of them were held.
+// Waits until it listens; false when it ended instead, with *ret_status. *ret_ms: how long that
+// took, without the time for which this very process did not run, because all were held.
 static bool serving(int *ret_status, uint64_t *ret_ms) {
     uint64_t last = fl_clock_ms();
     *ret_ms = 0;

@@ -257,7 +257,7 @@ static int by_length(const void *a, const void *b) {
 // Makes `to` what is safe on the tape's disk. A name whose folder is not there is lost with it.
 static void tape_write(tape *t, const char *to) {
     char path[COORD_PATH_MAX];
-    qsort(t->names, t->name_count, sizeof(t->names[0]), by_length); // folders before what is in them
+    qsort(t->names, t->name_count, sizeof(t->names[0]), by_length); // folders come first
     for (size_t i = 0; i < t->name_count; i++) {
         const tape_name *n = &t->names[i];
         const size_t tail = strlen(n->path);

@@ -1,8 +1,8 @@
 // Goal: a backup made at any moment of a coordinator at work is whole, and what is restored from it
 // goes on as a new run of the same fleet.
-// Method: three nodes work while `backup` runs again and again. Each copy is judged against what the
-// nodes sent (rig.h): nothing else is in it, and its layers are bit for bit the steps of its updates.
-// Then each is restored, served by the built program, and takes another round.
+// Method: three nodes work while `backup` runs again and again. Each copy is judged against what
+// the nodes sent (rig.h): nothing else is in it, and its layers are bit for bit the steps of its
+// updates. Then each is restored, served by the built program, and takes another round.
 #include "tests/durability/crash_stages.h"
 
 enum { BACKUPS = 8 };

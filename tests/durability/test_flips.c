@@ -1,11 +1,12 @@
 // Goal: a bit that turns on the coordinator's disk is found by verify or at the start; nothing is
 // ever trained on that is not, bit for bit, what was stored.
-// Method: states with closed rounds, moments, a vote and an open buffer, one of a coordinator that was
-// stopped and one of one that was killed, whose log of the database is still there. In each copy one
-// bit of one file is turned: any file, any place. Then the state is opened and verified. Where that
-// finds nothing, the judge (rig.h) computes every layer again from what the nodes sent, and compares
-// every row of the database with the undamaged one's: there must be no difference, but for one: the
-// log of a killed coordinator may lose its end, as if the power had gone (docs/TESTING.md).
+// Method: states with closed rounds, moments, a vote and an open buffer, one of a coordinator that
+// was stopped and one of one that was killed, whose log of the database is still there. In each
+// copy one bit of one file is turned: any file, any place. Then the state is opened and verified.
+// Where that finds nothing, the judge (rig.h) computes every layer again from what the nodes sent,
+// and every row of the database is compared with the undamaged one's: there must be no difference,
+// but for one: the log of a killed coordinator may lose its end, as if the power had gone
+// (docs/TESTING.md).
 #include "tests/durability/crash_stages.h"
 
 #include <sqlite3.h>

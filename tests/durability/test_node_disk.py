@@ -3,14 +3,17 @@ and goes on; what it was told is counted is counted, once; it trains on nothing 
 
 Method: a coordinator and three nodes on a tiny model. Each node is started again and again under
 disk.c, which kills it at, or fails, the K-th call: while it opens its state, installs layers, spools,
-drops what was acknowledged, writes its status. Afterwards each must work without a plan, and the run
-is judged as in test_kill.py: the ledger against what the nodes logged, every layer bit for bit.
+drops what was acknowledged, writes its status. Afterwards each must work without a plan, and once
+more after a bit of its model and of every layer was turned: all of them are fetched again. The run is
+judged as in test_kill.py: the ledger against what the nodes logged, every layer bit for bit.
 
 FLEETUNE_NODE_POINTS: how many points (90), spread over all there are.
 """
 import collections
+import hashlib
 import os
 import pathlib
+import random
 import re
 import struct
 import sys
@@ -99,6 +102,33 @@ def check_acknowledged(nodes, ledger):
                         f"{name} was told that layer {layer} of version {base} counts: it is lost")
 
 
+def turn_bit(path, rng):
+    data = bytearray(path.read_bytes())
+    data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    path.write_bytes(data)
+
+
+def turned_bits(f, nodes):
+    """A bit of the model or of a layer is found at the start, and what it is in comes again."""
+    rng = random.Random(7)
+    for name, node in nodes.items():
+        fetched = node.process.text().count("model.fetched")
+        layers = sorted(p for p in (f.state(name) / "layers").iterdir() if p.name.isdigit())
+        before = [p.stat().st_ino for p in layers]
+        for path in layers:
+            turn_bit(path, rng)
+        turn_bit(f.state(name) / "model.gguf", rng)
+        node.works_again()
+        fleet.check(node.process.stop(60) == 0, f"{name} stops")
+        fleet.check(node.process.text().count("model.fetched") == fetched + 1,
+                    f"{name} goes on with a damaged model")
+        for path, inode in zip(layers, before):
+            whole = path.exists() and hashlib.blake2b(path.read_bytes(), digest_size=32).digest() \
+                == path.with_suffix(".sum").read_bytes()
+            fleet.check(not path.exists() or (whole and path.stat().st_ino != inode),
+                        f"{name} goes on with a damaged layer {path.name}")
+
+
 def test(f):
     wanted = int(os.environ.get("FLEETUNE_NODE_POINTS", "90"))
     f.init(f.tiny_model("--layers", 4), "--steps", 1, "--sequence", 16, "--eval-tokens", 32,
@@ -133,6 +163,7 @@ def test(f):
     for name, node in nodes.items():
         status = node.process.stop(60)
         fleet.check(status == 0, f"{name}, told to stop, ends with {status}")
+    turned_bits(f, nodes)
     fleet.check(f.coordinator.stop() == 0, "a coordinator told to stop ends with status 0")
     keeper.stop()
     for name in NAMES:  # a whole file that never got its name was once sent again at every start

@@ -53,7 +53,7 @@ def run_and_kill(f, rng):
         one_kill(f, rng, number)
     before = f.coordinator.text().count("round.closed")
     fleet.wait_for("three more rounds after the last kill: the fleet still works",
-                   lambda: f.coordinator.text().count("round.closed") >= before + 3, 30)
+                   lambda: f.coordinator.text().count("round.closed") >= before + 3, 150)
     for node in f.nodes.values():
         fleet.check(node.stop() == 0, "a node told to stop ends with status 0")
     fleet.check(f.coordinator.stop() == 0, "a coordinator told to stop ends with status 0")
