@@ -199,22 +199,26 @@ fl_status fl_file_write(fl_file *f, fl_bytes bytes, fl_err *err) {
     return FL_OK;
 }
 
+fl_status fl_folder_sync(const char *path, fl_err *err) {
+    const int fd = fl_fault() ? (errno = EIO, -1) : open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (fd < 0) return fail_errno(err, "open", path);
+    const bool ok = !fl_fault() && fsync(fd) == 0;
+    const fl_status st = ok ? FL_OK : fail_errno(err, "sync", path);
+    close(fd);
+    return st;
+}
+
 // A rename is durable only when the folder that holds the name is.
 static fl_status sync_folder_of(const char *path, fl_err *err) {
     char folder[PATH_MAX];
     snprintf(folder, sizeof(folder), "%s", path);
+    for (size_t n = strlen(folder); n > 1 && folder[n - 1] == '/';) folder[--n] = '\0';
     char *slash = strrchr(folder, '/');
     if (slash == NULL)
         snprintf(folder, sizeof(folder), ".");
     else
         slash[slash == folder ? 1 : 0] = '\0';
-    const int fd =
-        fl_fault() ? (errno = EIO, -1) : open(folder, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    if (fd < 0) return fail_errno(err, "open", folder);
-    const bool ok = !fl_fault() && fsync(fd) == 0;
-    const fl_status st = ok ? FL_OK : fail_errno(err, "sync", folder);
-    close(fd);
-    return st;
+    return fl_folder_sync(folder, err);
 }
 
 fl_status fl_file_commit(fl_file **file, fl_err *err) {
@@ -257,10 +261,11 @@ out:
 }
 
 fl_status fl_folder_make(const char *path, fl_err *err) {
-    if (!fl_fault() && mkdir(path, 0700) == 0) return FL_OK;
     struct stat s;
-    if (errno == EEXIST && stat(path, &s) == 0 && S_ISDIR(s.st_mode)) return FL_OK;
-    return fail_errno(err, "create folder", path);
+    if (fl_fault()) return fail_errno(err, "create folder", path);
+    if (mkdir(path, 0700) != 0 && (errno != EEXIST || stat(path, &s) != 0 || !S_ISDIR(s.st_mode)))
+        return fail_errno(err, "create folder", path);
+    return sync_folder_of(path, err); // also when it is there: its maker may not have come so far
 }
 
 bool fl_file_exists(const char *path) {

@@ -30,8 +30,10 @@ void fl_file_discard(fl_file *file); // removes what was written; NULL is fine
 
 // Replaces `path` by these bytes, all or nothing.
 fl_status fl_file_replace(const char *path, fl_bytes bytes, fl_err *err) FL_NODISCARD;
-// Creates a folder (mode 0700) if it is not there; parents must exist.
+// Creates a folder (mode 0700) if it is not there, and makes its name durable; parents must exist.
 fl_status fl_folder_make(const char *path, fl_err *err) FL_NODISCARD;
+// Makes the names in a folder durable.
+fl_status fl_folder_sync(const char *path, fl_err *err) FL_NODISCARD;
 bool fl_file_exists(const char *path);
 
 #endif

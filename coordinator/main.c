@@ -5,7 +5,8 @@ int main(int argc, char **argv) {
     static const fl_command *const commands[] = {
         &coord_cmd_init,    &coord_cmd_run,    &coord_cmd_token,  &coord_cmd_nodes,
         &coord_cmd_approve, &coord_cmd_revoke, &coord_cmd_status, &coord_cmd_rounds,
-        &coord_cmd_export,  &coord_cmd_verify, &coord_cmd_simulate,
+        &coord_cmd_export,  &coord_cmd_verify, &coord_cmd_backup, &coord_cmd_restore,
+        &coord_cmd_simulate,
     };
     static const fl_program program = {
         .name = "fleetune-coordinator",

@@ -58,7 +58,7 @@ static const char schema[] =
 fl_status coord_sql_fail(coord_store *s, fl_err *err) {
     const int code = s->db == NULL ? SQLITE_CANTOPEN : sqlite3_extended_errcode(s->db);
     const char *text = s->db == NULL ? "out of memory" : sqlite3_errmsg(s->db);
-    switch (code & 0xff) {
+    switch (code == SQLITE_IOERR_DATA ? SQLITE_CORRUPT : code & 0xff) { // the sum of a page
     case SQLITE_BUSY:
     case SQLITE_LOCKED:
         return FL_FAIL(err, FL_ETIME, "%s/state.db is locked by another process", s->dir);
@@ -244,12 +244,18 @@ static fl_status connect_db(coord_store *s, bool create, fl_err *err) {
         s->disk->ops->close(s->disk, f);
         FL_TRY(coord_disk_sync_parent(s->disk, path, err));
     }
-    if (sqlite3_open_v2(path, &s->db, flags | SQLITE_OPEN_NOMUTEX, coord_vfs_name(s->vfs)) !=
-        SQLITE_OK)
+    const char *vfs = coord_vfs_name(s->vfs);
+    if (s->vfs == NULL) FL_TRY(coord_pages_vfs(&vfs, err));
+    if (sqlite3_open_v2(path, &s->db, flags | SQLITE_OPEN_NOMUTEX, vfs) != SQLITE_OK)
         return coord_sql_fail(s, err);
     sqlite3_busy_timeout(s->db, BUSY_MS);
     if (s->vfs != NULL)
         FL_TRY(exec(s, "PRAGMA locking_mode=EXCLUSIVE; PRAGMA temp_store=MEMORY", err));
+    if (create) { // of a state that is there both are as they were made
+        int reserve = s->vfs == NULL ? COORD_PAGE_SUM : 0;
+        sqlite3_file_control(s->db, "main", SQLITE_FCNTL_RESERVE_BYTES, &reserve);
+        FL_TRY(exec(s, "PRAGMA page_size=4096", err));
+    }
     FL_TRY(exec(s, "PRAGMA journal_mode=WAL", err));
     return exec(s, "PRAGMA synchronous=FULL; PRAGMA cache_size=-4096; PRAGMA trusted_schema=OFF",
                 err);

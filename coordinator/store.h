@@ -314,4 +314,10 @@ typedef void (*coord_problem_fn)(void *ctx, const char *text);
 fl_status coord_store_verify(coord_store *s, coord_problem_fn fn, void *ctx, coord_verified *ret,
                              fl_err *err) FL_NODISCARD;
 
+// ---- backup (store_backup.c)
+
+// Copies the whole folder to a new one, consistent whatever others do meanwhile; durable file by
+// file. Outside a batch.
+fl_status coord_store_backup(coord_store *s, const char *to, fl_err *err) FL_NODISCARD;
+
 #endif

@@ -49,6 +49,10 @@ void coord_col_text(sqlite3_stmt *st, int col, char *out, size_t size);
 // A blob of exactly `size` bytes; zeros and false for any other.
 bool coord_col_blob(sqlite3_stmt *st, int col, void *out, size_t size);
 
+// The layer that puts a sum on every page of state.db (store_pages.c): a name for sqlite3_open_v2.
+enum { COORD_PAGE_SUM = 8 }; // bytes reserved at the end of a page
+fl_status coord_pages_vfs(const char **ret, fl_err *err) FL_NODISCARD;
+
 void coord_spool_path(const coord_store *s, int64_t spool, char ret_path[COORD_PATH_MAX]);
 void coord_spool_close(coord_store *s);
 fl_status coord_spool_sync(coord_store *s, fl_err *err) FL_NODISCARD;

@@ -401,9 +401,7 @@ static fl_status begin(loop *l, fl_err *err) {
     st = node_state_spool_list(s, spool, &count, err);
     if (st != FL_OK) goto out;
     node_client_init(&l->client, spool, count);
-    char model[NODE_PATH_MAX];
-    node_state_path(s, "model.gguf", model);
-    l->client.has_model = s->has_run && fl_file_exists(model);
+    l->client.has_model = node_state_has_model(s);
     memcpy(l->client.run_id, s->run_id, FL_ID_SIZE);
     memcpy(l->client.model_digest, s->model_digest, FL_DIGEST_SIZE);
     st = node_state_held(s, l->client.held, &l->client.held_count, err);

@@ -121,7 +121,24 @@ static fl_status take_lock(node_state *s, fl_err *err) {
     return FL_FAIL(err, FL_ESTATE, "another fleetune-node works with the state in %s", s->folder);
 }
 
+// What a kill left of files that were being written beside their names (common/file.c): a whole one
+// must not be taken for what it was to become.
+static void remove_cut_off(const node_state *s, const char *name) {
+    static const char letters[] = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789";
+    char folder[NODE_PATH_MAX];
+    node_state_path(s, name, folder);
+    DIR *d = opendir(folder);
+    if (d == NULL) return;
+    for (const struct dirent *e; (e = readdir(d)) != NULL;) {
+        const size_t n = strlen(e->d_name);
+        if (n > 7 && e->d_name[n - 7] == '.' && strspn(e->d_name + n - 6, letters) == 6)
+            unlinkat(dirfd(d), e->d_name, 0);
+    }
+    closedir(d);
+}
+
 fl_status node_state_open(const char *folder, node_state *ret, fl_err *err) {
+    static const char *const folders[] = {".", "layers", "spool", "kept"};
     node_state s = {0};
     if (snprintf(s.folder, sizeof(s.folder), "%s", folder) >= (int)sizeof(s.folder))
         return FL_FAIL(err, FL_EARG, "the state folder's path is too long");
@@ -134,6 +151,7 @@ fl_status node_state_open(const char *folder, node_state *ret, fl_err *err) {
     if (st == FL_OK) st = fl_folder_make(path, err);
     node_state_path(&s, "kept", path);
     if (st == FL_OK) st = fl_folder_make(path, err);
+    for (size_t i = 0; st == FL_OK && i < FL_COUNT(folders); i++) remove_cut_off(&s, folders[i]);
     if (st == FL_OK) st = open_keys(&s, err);
     if (st == FL_OK) st = open_tables(&s, err);
     if (st != FL_OK) {
@@ -219,6 +237,41 @@ fl_status node_state_begin_run(node_state *s, const uint8_t run_id[FL_ID_SIZE],
     return node_state_save_run(s, err);
 }
 
+static bool has_digest(fl_bytes bytes, const uint8_t digest[FL_DIGEST_SIZE]) {
+    uint8_t found[FL_DIGEST_SIZE];
+    fl_hash(bytes, found);
+    return fl_equal(found, digest, sizeof(found));
+}
+
+bool node_state_has_model(const node_state *s) {
+    char path[NODE_PATH_MAX];
+    fl_map map = {0};
+    node_state_path(s, "model.gguf", path);
+    if (!s->has_run || fl_map_open(path, &map, NULL) != FL_OK) return false;
+    const bool whole = has_digest(map.bytes, s->model_digest);
+    fl_map_close(&map);
+    if (!whole) unlink(path);
+    return whole;
+}
+
+// The digest that a layer had when it came is kept beside it: its own format cannot tell a bit.
+static void layer_sum_path(const node_state *s, uint32_t layer, char *path) {
+    node_state_layer_path(s, layer, path);
+    const size_t n = strlen(path);
+    snprintf(path + n, NODE_PATH_MAX - n, ".sum");
+}
+
+static bool layer_is_whole(const node_state *s, uint32_t layer, fl_bytes bytes) {
+    char path[NODE_PATH_MAX];
+    uint8_t *digest = NULL;
+    size_t size = 0;
+    layer_sum_path(s, layer, path);
+    if (fl_file_read(path, FL_DIGEST_SIZE, &digest, &size, NULL) != FL_OK) return false;
+    const bool whole = size == FL_DIGEST_SIZE && has_digest(bytes, digest);
+    free(digest);
+    return whole;
+}
+
 fl_status node_state_held(const node_state *s, fl_layer_version *held, size_t *ret_count,
                           fl_err *err) {
     size_t count = 0;
@@ -229,7 +282,8 @@ fl_status node_state_held(const node_state *s, fl_layer_version *held, size_t *r
         const fl_status st = fl_map_open(path, &map, err);
         if (st == FL_ENOENT) continue;
         fl_layer l;
-        if (st != FL_OK || fl_layer_open(map.bytes, &l, err) != FL_OK || l.layer != layer)
+        if (st != FL_OK || fl_layer_open(map.bytes, &l, err) != FL_OK || l.layer != layer ||
+            !layer_is_whole(s, layer, map.bytes))
             unlink(path);
         else
             held[count++] = (fl_layer_version){layer, l.version};
@@ -304,9 +358,7 @@ fl_status node_state_store(const node_state *s, const node_object *o, uint64_t o
 static fl_status check_part(const node_object *o, const char *path, fl_err *err) {
     fl_map map;
     FL_TRY(fl_map_open(path, &map, err));
-    uint8_t digest[FL_DIGEST_SIZE];
-    fl_hash(map.bytes, digest);
-    const bool good = map.bytes.size == o->size && fl_equal(digest, o->digest, sizeof(digest));
+    const bool good = map.bytes.size == o->size && has_digest(map.bytes, o->digest);
     fl_map_close(&map);
     return good ? FL_OK
                 : FL_FAIL(err, FL_EAUTH, "what was fetched has another digest: fetched again");
@@ -329,8 +381,9 @@ fl_status node_state_fetch_done(node_state *s, const node_object *o, fl_err *err
     const bool synced = fd >= 0 && fsync(fd) == 0;
     if (fd >= 0) close(fd);
     if (!synced || rename(path, final) != 0) return fail_errno(err, "keep", final);
-    unlink(digest_path);
-    return FL_OK;
+    if (o->model) return unlink(digest_path) == 0 ? FL_OK : fail_errno(err, "drop", digest_path);
+    layer_sum_path(s, o->layer, final);
+    return rename(digest_path, final) == 0 ? FL_OK : fail_errno(err, "keep", final);
 }
 
 // ---- spool. A file is u32 size of the encoded UPDATE_BEGIN, that message, the sealed payload, and

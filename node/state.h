@@ -7,6 +7,7 @@
 //                             made, and what updates took of the day's budget
 //   model.gguf                the run's compressed model; model.part while it is being fetched
 //   layers/NNN                the fleet's state of layer NNN (proto/update.h: fl_layer)
+//   layers/NNN.sum            its digest as it came, checked at every start
 //   layers/NNN.part           one that is being fetched
 //   spool/SEQUENCE            a sealed update that the coordinator has not acknowledged yet, and
 //                             behind it what it leaves for the next one (node/upload/residual.h)
@@ -57,6 +58,8 @@ fl_status node_state_begin_run(node_state *state, const uint8_t run_id[FL_ID_SIZ
 void node_state_path(const node_state *state, const char *name, char *path);
 void node_state_layer_path(const node_state *state, uint32_t layer, char *path);
 
+// Is the run's model there, every bit of it? A damaged one is removed: it is fetched again.
+bool node_state_has_model(const node_state *state);
 // The layers on disk, ascending; damaged ones are removed and fetched again. held[FL_LAYERS_MAX].
 fl_status node_state_held(const node_state *state, fl_layer_version *held, size_t *ret_count,
                           fl_err *err) FL_NODISCARD;

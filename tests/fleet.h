@@ -21,14 +21,18 @@
 #include <sys/prctl.h>
 #include <sys/wait.h>
 
-enum { LAYERS = 6, COUNT = 300, NODES = 3, SENT_MAX = 4096, PATIENCE_MS = 30000 };
+#ifndef FLEET_PATIENCE_MS
+#define FLEET_PATIENCE_MS 30000
+#endif
+enum { LAYERS = 6, COUNT = 300, NODES = 3, SENT_MAX = 4096, PATIENCE_MS = FLEET_PATIENCE_MS };
 
 static char root[200], dir[256], model[256], program[512];
 static uint16_t port;
 static pid_t coordinator;
 
-typedef struct sent { // what a node remembers of an update that was acknowledged
+typedef struct sent { // what a node remembers of an update
     int64_t node_id;
+    bool unanswered; // not acknowledged yet: may be in the ledger, or not
     fl_update_key key;
     uint64_t tokens;
     int64_t values[COUNT];
@@ -218,11 +222,15 @@ static void send_clear(node *n, const fl_msg *m) {
     fl_arena_rewind(&n->arena, mark);
 }
 
+// A test that ends its coordinator may look after it here, and dial again.
+static void (*look_after)(node *n);
+
 // The next message within ms, of any kind; false when none came. *ret lives until the next call.
 static bool receive(node *n, uint32_t ms, fl_msg *ret) {
     fl_link_message m;
     fl_frame f;
     fl_bytes body;
+    if (look_after != NULL) look_after(n);
     if (fl_link_receive(n->link, ms, &m, NULL) != FL_OK) return false;
     if (fl_frame_decode(m.frame, FL_FROM_COORDINATOR, &f, NULL) != FL_OK) return false;
     body = f.body;
@@ -308,7 +316,7 @@ static fl_msg ask(node *n, const fl_msg *m, fl_msg_type a, fl_msg_type b) {
         if ((n->channel == NULL || !fl_channel_live(n->channel)) && !node_session(n, 2000))
             continue;
         send_sealed(n, m);
-        for (int tries = 0; tries < 5; tries++) {
+        for (int tries = 0; tries < 5 && fl_channel_live(n->channel); tries++) {
             if (!receive(n, 80, &reply)) continue;
             if (reply.type == a || reply.type == b) return reply;
             if (reply.type == FL_MSG_ERROR && reply.error.code == FL_CODE_SESSION) {
@@ -508,7 +516,8 @@ static void check_ledger(void) {
                      book.rows[k].layer == memory[i].key.layer &&
                      (uint64_t)book.rows[k].base == memory[i].key.base_version &&
                      (uint64_t)book.rows[k].sequence == memory[i].key.sequence;
-        T_CHECK(times == 1, "acknowledged update %zu is %u times in the ledger", i, times);
+        T_CHECK(times == 1 || (times == 0 && memory[i].unanswered),
+                "acknowledged update %zu is %u times in the ledger", i, times);
     }
 }
 

@@ -41,7 +41,7 @@ export CTEST_OUTPUT_ON_FAILURE=1 CTEST_PARALLEL_LEVEL="${CTEST_PARALLEL_LEVEL:-2
 for part in $parts; do
     case "$part" in
     debug) run_part debug env -u FLEETUNE_SMOLLM2 ctest --preset debug -LE e2e ;;
-    release) run_part release env FL_TEST_LONG=1 ctest --preset release ;;
+    release) run_part release env FL_TEST_LONG=1 FLEETUNE_POINTS=3000 ctest --preset release ;;
     arm64)
         run_part arm64 env -u FLEETUNE_SMOLLM2 QEMU_CPU=cortex-a72 ctest --preset arm64 -LE host
         env -u FLEETUNE_SMOLLM2 QEMU_CPU=cortex-a76 ctest --preset arm64 -LE host

@@ -48,7 +48,7 @@ ONLY_IN = {  # third-party header -> the only files that may include it
     r"cblas\.h": ["kernels/blas.c"],
     r"immintrin\.h": ["kernels/x86/*"],
     r"arm_neon\.h": ["kernels/arm/*"],
-    r"sqlite3\.h": ["coordinator/store*.c"],
+    r"sqlite3\.h": ["coordinator/store*.c", "tests/durability/test_flips.c"],
     r"ini\.h": ["common/conf.c"],
     r"jansson\.h": ["common/json.c"],
     r"qrencode\.h": ["coordinator/commands/token.c"],

@@ -8,7 +8,8 @@
 
 extern const fl_command coord_cmd_init, coord_cmd_run, coord_cmd_token, coord_cmd_nodes,
     coord_cmd_approve, coord_cmd_revoke, coord_cmd_status, coord_cmd_rounds, coord_cmd_export,
-    coord_cmd_verify, coord_cmd_simulate; // the last is in sim/, above both programs' cores
+    coord_cmd_verify, coord_cmd_backup, coord_cmd_restore,
+    coord_cmd_simulate; // the last is in sim/, above both programs' cores
 
 // Options of commands that look at one folder.
 typedef struct coord_dir_opts {

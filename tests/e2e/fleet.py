@@ -182,7 +182,7 @@ class Fleet:
         before = self.coordinator.text().count("coordinator.started")
         self.coordinator.start()
         wait_for("the coordinator listens", lambda: self.coordinator.text().count(
-            "coordinator.started") > before or not self.coordinator.alive())
+            "coordinator.started") > before or not self.coordinator.alive(), 150)
         check(self.coordinator.alive(), f"no coordinator: {self.coordinator.text()[-400:]}")
 
     def token(self, *args):

@@ -116,7 +116,8 @@ def secrets_of(f, urls, texts):
     for path in (f.home / "objects").iterdir():
         out += [("a layer", p) for p in pieces(path.read_bytes(), 60, rng)]
     out += [("a format's name", m) for m in (b"FLU1", b"FLL1\x02", b"FLL1\x03", b"fleetune-0")]
-    with contextlib.closing(sqlite3.connect(f.home / "state.db")) as db:
+    with contextlib.closing(sqlite3.connect(f"file:{f.home}/state.db?mode=ro",
+                                            uri=True)) as db:
         for sign, transport in db.execute("SELECT sign_key, transport_key FROM nodes"):
             out += [("a node's identity", sign), ("a node's transport key", transport)]
         out += [("the run's id", v) for v, in db.execute("SELECT value FROM facts WHERE key='run_id'")]
