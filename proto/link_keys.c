@@ -134,6 +134,7 @@ int fl_link_keys_ask(fl_link_keys *k, const uint8_t key[FL_LINK_KEY], uint64_t a
     fl_link_entry *e = find(k, key);
     if (e != NULL) {
         e->seen_ms = now_ms;
+        if (now_ms < e->shut_ms) return 0;
         return e->class == FL_LINK_ENROL && !k->enrolment ? 0 : e->class;
     }
     if (!k->enrolment || !enrol_room(k, address, now_ms)) return 0;
@@ -152,7 +153,7 @@ fl_link_peer fl_link_keys_frame(fl_link_keys *k, const uint8_t key[FL_LINK_KEY],
     // another.
     if (find(k, key) == NULL) fl_link_keys_ask(k, key, 0, now_ms);
     fl_link_entry *e = find(k, key);
-    if (e == NULL || e->class == 0) return 0;
+    if (e == NULL || e->class == 0 || now_ms < e->shut_ms) return 0;
     if (e->class == FL_LINK_ENROL) {
         if (!k->enrolment) return 0;
         e->seen_ms = now_ms;
@@ -176,4 +177,18 @@ bool fl_link_keys_reachable(const fl_link_keys *k, fl_link_peer peer) {
     if (slot >= k->entry_count) return false;
     const fl_link_entry *e = &k->entries[slot];
     return e->used && e->class != 0 && e->routed && e->route == (uint32_t)peer;
+}
+
+fl_guard_id fl_link_keys_connection(fl_link_keys *k, const uint8_t key[FL_LINK_KEY],
+                                    fl_guard_id now) {
+    fl_link_entry *e = find(k, key);
+    if (e == NULL) return (fl_guard_id){.fd = -1};
+    const fl_guard_id before = e->connection;
+    if (now.cookie != 0) e->connection = now;
+    return before;
+}
+
+void fl_link_keys_shut(fl_link_keys *k, const uint8_t key[FL_LINK_KEY], uint64_t until_ms) {
+    fl_link_entry *e = find(k, key);
+    if (e != NULL) e->shut_ms = until_ms;
 }
