@@ -41,6 +41,7 @@ typedef struct coord_session { // beside each member, same index
     fl_heartbeat heartbeat;
     int64_t reported;       // newest round it reported of
     uint32_t final_tasks;   // how often it was asked to score the last layers
+    coord_quota faults;     // frames that no honest node sends
     uint64_t complained_ms; // when an event about it was last written for a bad frame
 } coord_session;
 

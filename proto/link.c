@@ -63,8 +63,10 @@ static bool set_limits(void *socket, const fl_link_opts *opts, bool listening) {
     if (queue > INT_MAX || beat > 400000 || shake > 1000000) return false;
     if (zmq_setsockopt(socket, ZMQ_MAXMSGSIZE, &frame_max, sizeof(frame_max)) != 0) return false;
     const bool common =
-        fl_link_set_int(socket, ZMQ_LINGER, LINGER_MS) && fl_link_set_int(socket, ZMQ_SNDTIMEO, 0) &&
-        fl_link_set_int(socket, ZMQ_RCVHWM, (int)queue) && fl_link_set_int(socket, ZMQ_SNDHWM, (int)queue) &&
+        fl_link_set_int(socket, ZMQ_LINGER, LINGER_MS) &&
+        fl_link_set_int(socket, ZMQ_SNDTIMEO, 0) &&
+        fl_link_set_int(socket, ZMQ_RCVHWM, (int)queue) &&
+        fl_link_set_int(socket, ZMQ_SNDHWM, (int)queue) &&
         fl_link_set_int(socket, ZMQ_HANDSHAKE_IVL, (int)shake) &&
         fl_link_set_int(socket, ZMQ_HEARTBEAT_IVL, (int)beat) &&
         fl_link_set_int(socket, ZMQ_HEARTBEAT_TIMEOUT, (int)(beat * 5 / 2)) &&
@@ -74,8 +76,10 @@ static bool set_limits(void *socket, const fl_link_opts *opts, bool listening) {
     if (!common) return false;
     if (listening)
         return fl_link_set_int(socket, ZMQ_ROUTER_MANDATORY, 1) &&
-               fl_link_set_int(socket, ZMQ_ROUTER_HANDOVER, 0) && fl_link_set_int(socket, ZMQ_BACKLOG, BACKLOG);
-    return fl_link_set_int(socket, ZMQ_IMMEDIATE, 1) && set_pace(socket, opts->reconnect_max_ms, false);
+               fl_link_set_int(socket, ZMQ_ROUTER_HANDOVER, 0) &&
+               fl_link_set_int(socket, ZMQ_BACKLOG, BACKLOG);
+    return fl_link_set_int(socket, ZMQ_IMMEDIATE, 1) &&
+           set_pace(socket, opts->reconnect_max_ms, false);
 }
 
 static bool set_keys(void *socket, const uint8_t *server, const uint8_t *key,
@@ -148,7 +152,8 @@ static unsigned canary_try(void *context, const char *endpoint, const uint8_t *s
     unsigned event = 0;
     int32_t value;
     void *monitor = NULL, *socket = zmq_socket(context, ZMQ_DEALER);
-    if (socket == NULL || !set_limits(socket, &opts, false) || !fl_link_set_int(socket, ZMQ_LINGER, 0) ||
+    if (socket == NULL || !set_limits(socket, &opts, false) ||
+        !fl_link_set_int(socket, ZMQ_LINGER, 0) ||
         !set_keys(socket, server, key, secret))
         goto out;
     monitor = fl_link_monitor_open(context, socket, DIAL_EVENTS);
@@ -199,7 +204,8 @@ static fl_status canary(fl_link *link, const uint8_t *server_key, fl_err *err) {
 
 // libzmq reads a port as far as it has digits; what follows would be ignored silently.
 static bool endpoint_ok(const char *s) {
-    if (s == NULL || strncmp(s, "tcp://", 6) != 0 || strlen(s) >= FL_LINK_ENDPOINT_MAX) return false;
+    if (s == NULL || strncmp(s, "tcp://", 6) != 0 || strlen(s) >= FL_LINK_ENDPOINT_MAX)
+        return false;
     const char *port = strrchr(s + 6, ':');
     if (port == NULL || port == s + 6) return false;
     port++;
@@ -459,7 +465,8 @@ static bool identify(fl_link *link, const uint8_t *route, size_t route_size, fl_
     const size_t size = zmq_msg_size(&link->in);
     const int fd = zmq_msg_get(&link->in, ZMQ_SRCFD);
     const char *user = zmq_msg_gets(&link->in, "User-Id");
-    if (route_size != ROUTE_SIZE || route[0] != 0 || user == NULL || !fl_link_hex_to_key(user, ret->key))
+    if (route_size != ROUTE_SIZE || route[0] != 0 || user == NULL ||
+        !fl_link_hex_to_key(user, ret->key))
         return false;
     const uint32_t number =
         (uint32_t)route[1] << 24 | (uint32_t)route[2] << 16 | (uint32_t)route[3] << 8 | route[4];

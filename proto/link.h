@@ -4,7 +4,8 @@
 // started before the port is bound, because libzmq without one lets anybody in; and before listen
 // returns, a canary with a random key tries to connect and must be refused, with the handler's
 // books showing that it was asked. A key has one connection, the one that spoke last; who never
-// speaks, or sends and sends without finishing a frame, is cut. Keys here are raw CURVE (X25519) keys of 32 bytes.
+// speaks, or sends and sends without finishing a frame, is cut. Keys here are raw CURVE (X25519)
+// keys of 32 bytes.
 //
 // Threads: one thread owns a link. Only fl_link_admit, fl_link_revoke, fl_link_shut,
 // fl_link_enrolment and fl_link_wake may be called from others. Each call here takes bounded time.

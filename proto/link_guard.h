@@ -1,8 +1,8 @@
-// link_guard.h: the connections under a listening link, as the kernel sees them. libzmq cannot close
-// one peer's connection, holds a message of many parts until its last part comes however many there
-// are, and keeps whoever finished the handshake for ever. So the link remembers the descriptor of
-// each connection it accepted and shuts down those that ought to go. For link*.c only, under the
-// link's lock; no libzmq.
+// link_guard.h: the connections under a listening link, as the kernel sees them. libzmq cannot
+// close one peer's connection, holds a message of many parts until its last part comes however many
+// there are, and keeps whoever finished the handshake for ever. So the link remembers the
+// descriptor of each connection it accepted and shuts down those that ought to go. For link*.c
+// only, under the link's lock; no libzmq.
 //
 // A descriptor belongs to libzmq, which may close it at any moment, and the system may give its
 // number to another connection: each is shut down only while it has the cookie (SO_COOKIE, never

@@ -131,7 +131,11 @@ static void note_connections(fl_link *link) {
 static void scan(fl_link *link) {
     pthread_mutex_lock(&link->lock);
     const fl_guard_limits limits = {
-        .held_max = link->held_max, .silent_ms = SILENT_MS, .now_ms = fl_clock_ms(), .drained_ms = link->drained_ms};
+        .held_max = link->held_max,
+        .silent_ms = SILENT_MS,
+        .now_ms = fl_clock_ms(),
+        .drained_ms = link->drained_ms,
+    };
     fl_guard_scan(&link->guard, &limits);
     pthread_mutex_unlock(&link->lock);
 }
