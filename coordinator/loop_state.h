@@ -82,6 +82,7 @@ struct coord_loop {
     uint64_t refusals_ms;              // since when there are more; 0: there are none
     uint64_t strangers;                // frames of keys that may only ask to join, and did not
     uint8_t stranger_key[FL_LINK_KEY]; // of the newest
+    coord_quota join_faults;           // join requests that prove nothing
     coord_quota refusal_events;        // who knocks for ever must not fill the log
 
     coord_answer outbox[COORD_OUTBOX_MAX];

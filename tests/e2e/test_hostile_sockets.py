@@ -228,6 +228,20 @@ def check_endless(f, server_key, key, who):
     report("memory, MB", peak / 1e6, 32)
 
 
+def check_guesses(f, url):
+    """Tokens made up: a few are answered, then the door is closed to whoever makes them up."""
+    since = len(f.events("join.refused"))
+    g = swarm.Swarm(f, 20, COUNT, 0, "guesser", url=url)
+    g.start()
+    time.sleep(7)  # each of eight asks again every three seconds
+    g.process.kill()
+    guesses = len(f.events("join.refused")) - since
+    print("tokens made up by eight keys for 7 s")
+    fleet.check(guesses > 0, "nobody guessed")
+    report("guesses answered", guesses, 6)
+    fleet.check(g.now["joined"] == 0, "a guess was right")
+
+
 def check_revoked(f, s):
     before = s.now["up"]
     start = time.monotonic()
@@ -257,6 +271,7 @@ def test(f):
     check_silent_keys(f, server_key)
     check_endless(f, server_key, hostile_zmq.new_key(), "somebody who may ask to join")
     check_endless(f, server_key, hostile_zmq.key_of(f.state("thief")), "an enrolled node")
+    check_guesses(f, url)
     check_revoked(f, s)
     fleet.check(rate(s, 2) > 0, "the honest node is at work after all that")
     fleet.check(f.coordinator.stop() == 0, "the coordinator ends well after all that")

@@ -5,7 +5,7 @@
 //
 // URL of a token with NODES uses and automatic approval, COUNT the values of a layer's update, GAIN
 // how many more those of a layer with an exit have, ROUNDS how many tasks each node carries out; then it only beats. Nodes are called NAME-0, NAME-1
-// ... Prints a line whenever something changed, at most ten a second, until SIGTERM:
+// ... (NAME "guesser": each with a token of its own making.) Prints a line whenever something changed, at most ten a second, until SIGTERM:
 //
 //   MS joined N up N sessions N acked N refused N
 //
@@ -110,6 +110,7 @@ static void dial(node *n, size_t index) {
     must(fl_link_dial(&opts, &n->link, &err), "dial", &err);
     fl_join_request *r = &n->request;
     memcpy(r->token_id, all.token_id, FL_TOKEN_ID_SIZE);
+    if (strcmp(all.name, "guesser") == 0) fl_random(r->token_id, sizeof(r->token_id));
     memcpy(r->identity_key, n->identity_key, FL_KEY_SIZE);
     memcpy(r->curve_key, n->curve_key, FL_KEY_SIZE);
     snprintf(r->name, sizeof(r->name), "%.40s-%zu", all.name, index);
