@@ -57,7 +57,7 @@ static bool set_limits(void *socket, const fl_link_opts *opts, bool listening) {
     const int64_t frame_max =
         (opts->frame_max == 0 ? FL_LINK_FRAME_MAX : (int64_t)opts->frame_max) + CURVE_EXTRA;
     const uint32_t queue = opts->queue_frames == 0 ? 64 : opts->queue_frames;
-    const uint32_t beat = opts->heartbeat_ms != 0 ? opts->heartbeat_ms : listening ? 1000 : 15000;
+    const uint32_t beat = opts->heartbeat_ms != 0 ? opts->heartbeat_ms : 1000;
     // A stranger is gone within 3 s; a node waits for a slow coordinator a little longer.
     const uint32_t shake = opts->handshake_ms != 0 ? opts->handshake_ms : listening ? 2500 : 3000;
     if (queue > INT_MAX || beat > 400000 || shake > 1000000) return false;

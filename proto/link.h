@@ -32,7 +32,7 @@ typedef struct fl_link_opts {
     const uint8_t *coordinator_key; // dial: the CURVE key that must answer [32]
     uint32_t frame_max;             // received, dialled also sent; 0: FL_LINK_FRAME_MAX
     uint32_t queue_frames;          // messages queued a peer and direction; 0: 64
-    uint32_t heartbeat_ms;     // 0: 1000 listening, 15000 dialling; given up after 2.5 times that
+    uint32_t heartbeat_ms;     // 0: 1000; given up after 2.5 times that
     uint32_t handshake_ms;     // 0: 2500 listening, 3000 dialling
     uint32_t reconnect_max_ms; // dial, most between two tries; 0: 1 s for 15 minutes after a
                                // connection was lost (1 minute after the start), then 30 s
