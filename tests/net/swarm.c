@@ -4,8 +4,9 @@
 //   swarm URL NODES COUNT GAIN ROUNDS [NAME]
 //
 // URL of a token with NODES uses and automatic approval, COUNT the values of a layer's update, GAIN
-// how many more those of a layer with an exit have, ROUNDS how many tasks each node carries out; then it only beats. Nodes are called NAME-0, NAME-1
-// ... (NAME "guesser": each with a token of its own making.) Prints a line whenever something changed, at most ten a second, until SIGTERM:
+// how many more those of a layer with an exit have, ROUNDS how many tasks each node carries out;
+// then it only beats. Nodes are called NAME-0, NAME-1 ... (NAME "guesser": each with a token of its
+// own making.) Prints a line whenever something changed, at most ten a second, until SIGTERM:
 //
 //   MS joined N up N sessions N acked N refused N
 //
@@ -23,6 +24,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 enum {
@@ -335,6 +337,11 @@ int main(int argc, char **argv) {
         return 2;
     }
     signal(SIGTERM, on_signal);
+    struct rlimit files; // a connection takes several
+    if (getrlimit(RLIMIT_NOFILE, &files) == 0) {
+        files.rlim_cur = files.rlim_max;
+        (void)setrlimit(RLIMIT_NOFILE, &files);
+    }
     must(fl_crypto_init(&err), "crypto", &err);
     must(fl_invite_parse(argv[1], &all.invite, &err), "URL", &err);
     fl_invite_derive(all.invite.secret, all.token_id, all.token_key);
