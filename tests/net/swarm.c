@@ -239,7 +239,8 @@ static void end_update(node *n, fl_verdict verdict) {
 }
 
 static void on_message(node *n, const fl_msg *m) {
-    if (m->type == FL_MSG_TASK && n->step == STEP_TASK && m->task.kind == FL_TASK_TRAIN) {
+    if (m->type == FL_MSG_TASK && n->step == STEP_TASK && m->task.kind == FL_TASK_TRAIN &&
+        m->task.task_id != n->task.task_id) { // else a late answer to what was asked twice
         n->task = m->task;
         n->base_count = m->task.base_count < FL_COUNT(n->bases) ? m->task.base_count : 0;
         n->base_next = 0;
