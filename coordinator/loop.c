@@ -11,7 +11,10 @@
 #include <sys/file.h>
 #include <unistd.h>
 
-enum { BATCH_MAX = 64 }; // frames that share one commit
+enum {
+    BATCH_MAX = 64,    // frames that share one commit
+    QUEUE_FRAMES = 16, // of one node and direction; it asks for one thing of each kind at a time
+};
 
 // One process runs a folder at a time; the lock goes with the process, however it ends.
 static fl_status take_lock(coord_loop *loop, fl_err *err) {
@@ -58,7 +61,9 @@ static fl_status admit_members(coord_loop *loop, fl_err *err) {
 static fl_status listen_for_nodes(coord_loop *loop, fl_err *err) {
     const fl_link_opts opts = {.endpoint = loop->settings.listen,
                                .curve_secret = fl_secret_view(loop->keys.transport).data,
-                               .curve_key = loop->keys.transport_key};
+                               .curve_key = loop->keys.transport_key,
+                               .frame_max = FL_UPLOAD_FRAME_MAX,
+                               .queue_frames = QUEUE_FRAMES};
     FL_TRY(fl_link_listen(&opts, &loop->link, err));
     loop->world.ctx = loop->link;
     FL_TRY(admit_members(loop, err));

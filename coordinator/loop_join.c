@@ -5,6 +5,12 @@
 #include <stdio.h>
 #include <string.h>
 
+enum {
+    GUESSES_MIN = 5, // requests with a wrong proof that are answered at once; then one in
+    GUESS_S = 12,    // this time, and every other closes the door for
+    GUESS_SHUT_MS = 60000,
+};
+
 static fl_status add_member(coord_loop *loop, const fl_join_request *q, bool active,
                             uint64_t now_ms, fl_err *err) {
     coord_node_row row = {.state = active ? COORD_NODE_ACTIVE : COORD_NODE_PENDING,
@@ -39,6 +45,11 @@ fl_status coord_loop_join(coord_loop *loop, const fl_link_message *m, const fl_j
     const fl_status found = coord_store_find_token(loop->store, q->token_id, &token, err);
     if (found != FL_OK && found != FL_ENOENT) return found;
     const bool holds = found == FL_OK && fl_invite_check(token.key, loop->keys.transport_key, q);
+    if (!holds && m->from == FL_LINK_ENROL &&
+        !coord_quota_take(&loop->join_faults, 1, GUESSES_MIN * GUESS_S, GUESS_S, now_ms)) {
+        fl_link_shut(loop->link, m->key, GUESS_SHUT_MS); // who guesses keys of tokens
+        return FL_OK;
+    }
     const coord_join join = {.request = q,
                              .transport_key = m->key,
                              .proof_holds = holds,

@@ -13,6 +13,8 @@ enum {
     REFUSALS_BURST = 10, // such events at once; then one a minute
     HELLO_RATE = 5,      // handshakes a second of one node: each costs us a signature
     HELLO_BURST = 20,
+    FAULTS_BURST = 20, // bad frames of a node at once, and then one a minute, before
+    SHUT_MS = 30000,   // it is shut out for so long
 };
 
 fl_status coord_loop_event(coord_loop *loop, const char *kind, uint32_t node, fl_err *err,
@@ -101,13 +103,26 @@ static fl_status answer_error(coord_loop *loop, fl_link_peer peer, fl_code code,
     return answer(loop, COORD_NOBODY, peer, &m, err);
 }
 
-// A frame that no honest node sends. Written down once in a while: a flood of them is one event.
+// Written down once in a while: a flood is one event.
 static fl_status complain(coord_loop *loop, uint32_t node, uint64_t now_ms, const char *kind,
                           const char *text, fl_err *err) {
     coord_session *s = &loop->sessions[node];
     if (s->complained_ms != 0 && now_ms - s->complained_ms < COMPLAIN_MS) return FL_OK;
     s->complained_ms = now_ms + 1;
     return coord_loop_event(loop, kind, node, err, "%s", text);
+}
+
+// A frame that no honest node sends. After some of them it is shut out: no session, no connection.
+static fl_status fault(coord_loop *loop, uint32_t node, uint64_t now_ms, const char *kind,
+                       const char *text, fl_err *err) {
+    coord_session *s = &loop->sessions[node];
+    FL_TRY(complain(loop, node, now_ms, kind, text, err));
+    if (coord_quota_take(&s->faults, 1, FAULTS_BURST * 60, 60, now_ms)) return FL_OK;
+    fl_link_shut(loop->link, loop->registry.members[node].transport_key, SHUT_MS);
+    if (s->channel != NULL) fl_channel_drop(s->channel);
+    s->faults = (coord_quota){0};
+    return coord_loop_event(loop, "node.shut", node, err, "too many bad frames: out for %d s",
+                            SHUT_MS / 1000);
 }
 
 static fl_status on_hello(coord_loop *loop, uint32_t node, const fl_msg *in, uint64_t now_ms,
@@ -141,7 +156,7 @@ static fl_status on_finish(coord_loop *loop, uint32_t node, const fl_msg *in, ui
         return answer_error(loop, s->peer, FL_CODE_SESSION, in->hello_finish.session, err);
     fl_err why;
     if (fl_channel_on_finish(s->channel, &in->hello_finish, &why) != FL_OK)
-        return complain(loop, node, now_ms, "session.refused", why.text, err);
+        return fault(loop, node, now_ms, "session.refused", why.text, err);
     fl_log(FL_LOG_INFO, "session.open", "%s", loop->registry.members[node].name);
     return FL_OK;
 }
@@ -180,11 +195,11 @@ static fl_status sealed(coord_loop *loop, uint32_t node, const fl_frame *frame, 
     const fl_status st =
         fl_channel_unseal(s->channel, frame, loop->plain, FL_BODY_MAX, &body, &why);
     if (st == FL_ESTATE) return answer_error(loop, s->peer, FL_CODE_SESSION, frame->session, err);
-    if (st != FL_OK) return complain(loop, node, now_ms, "frame.refused", why.text, err);
+    if (st != FL_OK) return fault(loop, node, now_ms, "frame.refused", why.text, err);
     s->seen = true;
     const size_t mark = loop->scratch.used;
     if (fl_msg_decode(frame->type, body, &loop->scratch, &msg, &why) != FL_OK) {
-        FL_TRY(complain(loop, node, now_ms, "frame.refused", why.text, err));
+        FL_TRY(fault(loop, node, now_ms, "frame.refused", why.text, err));
         fl_msg out = {.type = FL_MSG_ERROR, .error = {.code = FL_CODE_MALFORMED}};
         snprintf(out.error.text, sizeof(out.error.text), "%.*s", FL_TEXT_MAX, why.text);
         return coord_loop_answer(loop, node, &out, err);
@@ -235,7 +250,7 @@ fl_status coord_loop_frame(coord_loop *loop, const fl_link_message *m, uint64_t 
     if (!coord_quota_take(&member->frames, frames_s, 4 * frames_s, 1, now_ms) ||
         !coord_quota_take(&member->bytes, bytes_s, 4 * bytes_s, m->frame.size, now_ms))
         return complain(loop, node, now_ms, "quota.spent", fl_code_text(FL_CODE_QUOTA), err);
-    if (st != FL_OK) return complain(loop, node, now_ms, "frame.refused", why.text, err);
+    if (st != FL_OK) return fault(loop, node, now_ms, "frame.refused", why.text, err);
     return frame.session == 0 ? clear(loop, node, m, &frame, now_ms, err)
                               : sealed(loop, node, &frame, now_ms, err);
 }

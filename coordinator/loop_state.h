@@ -45,6 +45,7 @@ typedef struct coord_session { // beside each member, same index
     fl_heartbeat heartbeat;
     int64_t reported;       // newest round it reported of
     uint32_t final_tasks;   // how often it was asked to score the last layers
+    coord_quota faults;     // frames that no honest node sends
     uint64_t complained_ms; // when an event about it was last written for a bad frame
 } coord_session;
 
@@ -90,6 +91,7 @@ struct coord_loop {
     uint64_t refusals_ms;              // since when there are more; 0: there are none
     uint64_t strangers;                // frames of keys that may only ask to join, and did not
     uint8_t stranger_key[FL_LINK_KEY]; // of the newest
+    coord_quota join_faults;           // join requests that prove nothing
     coord_quota refusal_events;        // who knocks for ever must not fill the log
 
     coord_answer outbox[COORD_OUTBOX_MAX];

@@ -265,7 +265,7 @@ typedef struct fl_update_want { // send from this offset on; offset == size: sen
 typedef struct fl_update_chunk {
     fl_update_key key;
     uint64_t offset;
-    fl_bytes data; // 1..FL_CHUNK_MAX
+    fl_bytes data; // 1..FL_UPLOAD_CHUNK_MAX
 } fl_update_chunk;
 
 typedef struct fl_update_commit {

@@ -214,8 +214,8 @@ static fl_status check_update_want(const fl_update_want *m, fl_err *err) {
 }
 
 static fl_status check_update_chunk(const fl_update_chunk *m, fl_err *err) {
-    NEED(m->data.size != 0 && m->data.size <= FL_CHUNK_MAX, FL_ELIMIT, "chunk of %zu bytes",
-         m->data.size);
+    NEED(m->data.size != 0 && m->data.size <= FL_UPLOAD_CHUNK_MAX, FL_ELIMIT,
+         "chunk of %zu bytes", m->data.size);
     NEED(m->offset <= FL_UPDATE_MAX - m->data.size, FL_ELIMIT, "chunk lies outside any update");
     return check_key(&m->key, err);
 }

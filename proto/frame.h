@@ -24,6 +24,11 @@ enum {
     FL_CHUNK_MAX = 256 << 10,
     FL_BODY_MAX = FL_CHUNK_MAX + 4096,                         // the largest clear body of any type
     FL_FRAME_MAX = FL_FRAME_HEAD + FL_BODY_MAX + FL_FRAME_TAG, // the largest legal frame
+    // What a node sends is smaller: the coordinator's transport holds one frame of anybody who
+    // connects before it knows who that is.
+    FL_UPLOAD_CHUNK_MAX = 63 << 10,
+    FL_UPLOAD_FRAME_MAX = 64 << 10,
+    FL_UPLOAD_BODY_MAX = FL_UPLOAD_FRAME_MAX - FL_FRAME_HEAD - FL_FRAME_TAG,
 };
 
 // Where a message may come from, and whether it travels in the clear (before a session exists),
@@ -50,7 +55,7 @@ typedef enum fl_msg_form { FL_FORM_CLEAR = 1, FL_FORM_SEALED = 2, FL_FORM_EITHER
     X(CHUNK, 20, FL_FROM_COORDINATOR, FL_FORM_SEALED, FL_BODY_MAX)                                 \
     X(UPDATE_BEGIN, 21, FL_FROM_NODE, FL_FORM_SEALED, 512)                                         \
     X(UPDATE_WANT, 22, FL_FROM_COORDINATOR, FL_FORM_SEALED, 256)                                   \
-    X(UPDATE_CHUNK, 23, FL_FROM_NODE, FL_FORM_SEALED, FL_BODY_MAX)                                 \
+    X(UPDATE_CHUNK, 23, FL_FROM_NODE, FL_FORM_SEALED, FL_UPLOAD_BODY_MAX)                          \
     X(UPDATE_COMMIT, 24, FL_FROM_NODE, FL_FORM_SEALED, 256)                                        \
     X(UPDATE_ACK, 25, FL_FROM_COORDINATOR, FL_FORM_SEALED, 512)                                    \
     X(HEARTBEAT, 26, FL_FROM_NODE, FL_FORM_SEALED, 512)                                            \

@@ -2,210 +2,90 @@
 
 #include "common/clock.h"
 #include "common/fault.h"
-#include "proto/link_keys.h"
+#include "proto/link_internal.h"
 
 #include <errno.h>
 #include <limits.h>
-#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
+#include <sys/resource.h>
 #include <unistd.h>
-#include <zmq.h>
 
 enum {
-    ENDPOINT_MAX = 384,
     LINGER_MS = 500,
-    RECONNECT_MS = 200,
+    RECONNECT_MS = 200, // libzmq doubles it and adds up to as much by chance
+    RECONNECT_QUICK_MS = 800,
+    CONNECT_QUICK_MS = 1500, // with one repeated SYN after the first second
     CONNECT_MS = 10000,
+    QUICK_FIRST_MS = 60000, // for so long after the start, and after a connection was lost, it
+    QUICK_LOST_MS = 900000, // tries at least every 2.5 s; later at least every 40 s
+    CURVE_EXTRA = 64,       // what CURVE adds to a frame, and some
+    SOCKETS_MAX = 4096,
     BACKLOG = 256,
     CANARY_MS = 8000,
     DROPS_PER_CALL = 256, // a flood of refused frames must not hold the caller for ever
     ROUTE_SIZE = 5,       // libzmq's own routing ids: a zero byte and a number
-    HEX_KEY = 2 * FL_LINK_KEY + 1,
-};
-#define ZAP_ENDPOINT     "inproc://zeromq.zap.01"
-#define MONITOR_ENDPOINT "inproc://fleetune.monitor"
-
-struct fl_link {
-    void *context, *socket, *zap, *monitor;
-    bool listening;
-    size_t frame_max;
-    uint8_t coordinator_key[FL_LINK_KEY];
-    char endpoint[ENDPOINT_MAX];
-    int wake_fd;
-    zmq_msg_t in;
-    fl_link_status state;
-    uint64_t redial_at_ms; // 0: no need, libzmq connects again by itself
-    uint32_t redial_ms, redial_max_ms;
-
-    pthread_t zap_thread;
-    bool zap_running, lock_made;
-    pthread_mutex_t lock; // for everything below
-    bool canary_asked;
-    uint8_t canary_key[FL_LINK_KEY];
-    fl_link_keys keys;
-    fl_link_stats stats;
 };
 
-// ---- ZAP
-
-// The decision: 0 refuse, else the class. Every question and its answer is counted.
-static int zap_decide(fl_link *link, const uint8_t key[FL_LINK_KEY], uint64_t address) {
-    pthread_mutex_lock(&link->lock);
-    if (memcmp(key, link->canary_key, FL_LINK_KEY) == 0) link->canary_asked = true;
-    const int class = fl_link_keys_ask(&link->keys, key, address, fl_clock_ms());
-    link->stats.zap_admitted += class == FL_LINK_ADMITTED;
-    link->stats.zap_enrol += class == FL_LINK_ENROL;
-    link->stats.zap_refused += class == 0;
-    if (class == 0) memcpy(link->stats.refused_key, key, FL_LINK_KEY);
-    pthread_mutex_unlock(&link->lock);
-    return class;
-}
-
-static void key_to_hex(const uint8_t key[FL_LINK_KEY], char out[HEX_KEY]) {
-    for (size_t i = 0; i < FL_LINK_KEY; i++) snprintf(out + 2 * i, 3, "%02x", key[i]);
-}
-
-static bool hex_to_key(const char *hex, uint8_t key[FL_LINK_KEY]) {
-    if (strlen(hex) != HEX_KEY - 1) return false;
-    for (size_t i = 0; i < FL_LINK_KEY; i++) {
-        unsigned v = 0;
-        for (size_t k = 0; k < 2; k++) {
-            const char c = hex[2 * i + k];
-            if (c >= '0' && c <= '9')
-                v = v * 16 + (unsigned)(c - '0');
-            else if (c >= 'a' && c <= 'f')
-                v = v * 16 + (unsigned)(c - 'a') + 10;
-            else
-                return false;
-        }
-        key[i] = (uint8_t)v;
-    }
-    return true;
-}
-
-// The parts of a ZAP request (RFC 27): version, id, domain, address, identity, mechanism, key.
-enum {
-    ZAP_VERSION,
-    ZAP_ID,
-    ZAP_DOMAIN,
-    ZAP_ADDRESS,
-    ZAP_IDENTITY,
-    ZAP_MECHANISM,
-    ZAP_KEY,
-    ZAP_PARTS
-};
-typedef struct zap_request {
-    uint8_t data[ZAP_PARTS][256];
-    size_t size[ZAP_PARTS];
-    size_t count;
-} zap_request;
-
-// false when the context is going down.
-static bool zap_receive(void *zap, zap_request *r) {
-    r->count = 0;
-    for (bool more = true; more;) {
-        zmq_msg_t part;
-        zmq_msg_init(&part);
-        if (zmq_msg_recv(&part, zap, 0) < 0) {
-            const bool again = errno == EINTR;
-            zmq_msg_close(&part);
-            if (!again) return false;
-            continue;
-        }
-        const size_t size = zmq_msg_size(&part);
-        if (r->count < ZAP_PARTS && size <= sizeof(r->data[0])) {
-            memcpy(r->data[r->count], zmq_msg_data(&part), size);
-            r->size[r->count] = size;
-        }
-        r->count++;
-        more = zmq_msg_more(&part) != 0;
-        zmq_msg_close(&part);
-    }
-    return true;
-}
-
-static bool zap_part_is(const zap_request *r, size_t part, const char *want) {
-    return r->size[part] == strlen(want) && memcmp(r->data[part], want, r->size[part]) == 0;
-}
-
-static void *zap_run(void *arg) {
-    fl_link *link = arg;
-    zap_request r = {.count = 0};
-    while (zap_receive(link->zap, &r)) {
-        char user[HEX_KEY] = "";
-        const bool legal = r.count == ZAP_PARTS && zap_part_is(&r, ZAP_VERSION, "1.0") &&
-                           zap_part_is(&r, ZAP_MECHANISM, "CURVE") &&
-                           r.size[ZAP_KEY] == FL_LINK_KEY;
-        bool let_in = false;
-        if (legal) {
-            const uint64_t address = fl_link_hash(r.data[ZAP_ADDRESS], r.size[ZAP_ADDRESS]);
-            let_in = zap_decide(link, r.data[ZAP_KEY], address) != 0;
-            key_to_hex(r.data[ZAP_KEY], user);
-        }
-        zmq_send(link->zap, "1.0", 3, ZMQ_SNDMORE);
-        zmq_send(link->zap, r.data[ZAP_ID], r.count > ZAP_ID ? r.size[ZAP_ID] : 0, ZMQ_SNDMORE);
-        zmq_send(link->zap, let_in ? "200" : "400", 3, ZMQ_SNDMORE);
-        zmq_send(link->zap, "", 0, ZMQ_SNDMORE);
-        zmq_send(link->zap, user, let_in ? HEX_KEY - 1 : 0, ZMQ_SNDMORE);
-        zmq_send(link->zap, "", 0, 0);
-    }
-    zmq_close(link->zap);
-    return NULL;
-}
-
-static fl_status zap_start(fl_link *link, fl_err *err) {
-    const int linger = 0;
-    link->zap = fl_fault() ? NULL : zmq_socket(link->context, ZMQ_REP);
-    if (link->zap == NULL || zmq_setsockopt(link->zap, ZMQ_LINGER, &linger, sizeof(linger)) != 0 ||
-        fl_fault() || zmq_bind(link->zap, ZAP_ENDPOINT) != 0)
-        return FL_FAIL(err, FL_EIO, "no socket for ZAP: %s", zmq_strerror(errno));
-    if (fl_fault() || pthread_create(&link->zap_thread, NULL, zap_run, link) != 0)
-        return FL_FAIL(err, FL_EIO, "no thread for ZAP");
-    link->zap_running = true;
-    return FL_OK;
-}
+#define DIAL_EVENTS                                                                                \
+    (ZMQ_EVENT_HANDSHAKE_SUCCEEDED | ZMQ_EVENT_HANDSHAKE_FAILED_AUTH |                             \
+     ZMQ_EVENT_HANDSHAKE_FAILED_PROTOCOL | ZMQ_EVENT_HANDSHAKE_FAILED_NO_DETAIL |                  \
+     ZMQ_EVENT_DISCONNECTED)
 
 // ---- sockets
 
-static bool set_int(void *socket, int option, int value) {
+bool fl_link_set_int(void *socket, int option, int value) {
     return !fl_fault() && zmq_setsockopt(socket, option, &value, sizeof(value)) == 0;
+}
+
+// How often a dialled socket tries, from its next zmq_connect on. A node that was here a moment ago
+// must be back within 2 s of its network, and its tries cost a packet a second; one that finds
+// nobody for long tries seldom, and waits for slow answers. max_ms: 0, or the owner's own bound.
+static bool set_pace(void *socket, uint32_t max_ms, bool slow) {
+    const uint32_t usual = slow ? 30000 : RECONNECT_QUICK_MS;
+    const uint32_t most = max_ms != 0 && max_ms < usual ? max_ms : usual;
+    return fl_link_set_int(socket, ZMQ_RECONNECT_IVL, RECONNECT_MS) &&
+           fl_link_set_int(socket, ZMQ_RECONNECT_IVL_MAX, (int)most) &&
+           fl_link_set_int(socket, ZMQ_CONNECT_TIMEOUT, slow ? CONNECT_MS : CONNECT_QUICK_MS);
 }
 
 // None of libzmq's defaults is right here: it would take messages of any size, wait half a minute
 // for a handshake, never notice a cut cable, and hang on exit.
 static bool set_limits(void *socket, const fl_link_opts *opts, bool listening) {
-    const int64_t frame_max = opts->frame_max == 0 ? FL_LINK_FRAME_MAX : opts->frame_max;
+    const int64_t frame_max =
+        (opts->frame_max == 0 ? FL_LINK_FRAME_MAX : (int64_t)opts->frame_max) + CURVE_EXTRA;
     const uint32_t queue = opts->queue_frames == 0 ? 64 : opts->queue_frames;
-    const uint32_t beat = opts->heartbeat_ms != 0 ? opts->heartbeat_ms : listening ? 1000 : 15000;
-    const uint32_t shake = opts->handshake_ms == 0 ? 3000 : opts->handshake_ms;
-    const uint32_t back = opts->reconnect_max_ms == 0 ? 30000 : opts->reconnect_max_ms;
-    if (queue > INT_MAX || beat > 1000000 || shake > 1000000 || back > INT_MAX) return false;
+    const uint32_t beat = opts->heartbeat_ms != 0 ? opts->heartbeat_ms : 1000;
+    // A stranger is gone within 3 s; a node waits for a slow coordinator a little longer.
+    const uint32_t shake = opts->handshake_ms != 0 ? opts->handshake_ms : listening ? 2500 : 3000;
+    if (queue > INT_MAX || beat > 400000 || shake > 1000000) return false;
     if (zmq_setsockopt(socket, ZMQ_MAXMSGSIZE, &frame_max, sizeof(frame_max)) != 0) return false;
     const bool common =
-        set_int(socket, ZMQ_LINGER, LINGER_MS) && set_int(socket, ZMQ_SNDTIMEO, 0) &&
-        set_int(socket, ZMQ_RCVHWM, (int)queue) && set_int(socket, ZMQ_SNDHWM, (int)queue) &&
-        set_int(socket, ZMQ_HANDSHAKE_IVL, (int)shake) &&
-        set_int(socket, ZMQ_HEARTBEAT_IVL, (int)beat) &&
-        set_int(socket, ZMQ_HEARTBEAT_TIMEOUT, (int)beat * 3) &&
-        set_int(socket, ZMQ_HEARTBEAT_TTL, (int)beat * 3) &&
-        set_int(socket, ZMQ_TCP_KEEPALIVE, 1) &&
-        set_int(socket, ZMQ_IPV6, strchr(opts->endpoint, '[') != NULL);
+        fl_link_set_int(socket, ZMQ_LINGER, LINGER_MS) &&
+        fl_link_set_int(socket, ZMQ_SNDTIMEO, 0) &&
+        fl_link_set_int(socket, ZMQ_RCVHWM, (int)queue) &&
+        fl_link_set_int(socket, ZMQ_SNDHWM, (int)queue) &&
+        fl_link_set_int(socket, ZMQ_HANDSHAKE_IVL, (int)shake) &&
+        fl_link_set_int(socket, ZMQ_HEARTBEAT_IVL, (int)beat) &&
+        fl_link_set_int(socket, ZMQ_HEARTBEAT_TIMEOUT, (int)(beat * 5 / 2)) &&
+        fl_link_set_int(socket, ZMQ_HEARTBEAT_TTL, (int)(beat * 5 / 2)) &&
+        fl_link_set_int(socket, ZMQ_TCP_KEEPALIVE, 1) &&
+        fl_link_set_int(socket, ZMQ_IPV6, strchr(opts->endpoint, '[') != NULL);
     if (!common) return false;
     if (listening)
-        return set_int(socket, ZMQ_ROUTER_MANDATORY, 1) &&
-               set_int(socket, ZMQ_ROUTER_HANDOVER, 0) && set_int(socket, ZMQ_BACKLOG, BACKLOG);
-    return set_int(socket, ZMQ_IMMEDIATE, 1) && set_int(socket, ZMQ_RECONNECT_IVL, RECONNECT_MS) &&
-           set_int(socket, ZMQ_RECONNECT_IVL_MAX, (int)back) &&
-           set_int(socket, ZMQ_CONNECT_TIMEOUT, CONNECT_MS);
+        return fl_link_set_int(socket, ZMQ_ROUTER_MANDATORY, 1) &&
+               fl_link_set_int(socket, ZMQ_ROUTER_HANDOVER, 0) &&
+               fl_link_set_int(socket, ZMQ_BACKLOG, BACKLOG);
+    return fl_link_set_int(socket, ZMQ_IMMEDIATE, 1) &&
+           set_pace(socket, opts->reconnect_max_ms, false);
 }
 
 static bool set_keys(void *socket, const uint8_t *server, const uint8_t *key,
                      const uint8_t *secret) {
     if (server == NULL)
-        return set_int(socket, ZMQ_CURVE_SERVER, 1) &&
+        return fl_link_set_int(socket, ZMQ_CURVE_SERVER, 1) &&
                zmq_setsockopt(socket, ZMQ_CURVE_SECRETKEY, secret, FL_LINK_KEY) == 0 &&
                zmq_setsockopt(socket, ZMQ_ZAP_DOMAIN, "fleetune", 8) == 0;
     return zmq_setsockopt(socket, ZMQ_CURVE_SERVERKEY, server, FL_LINK_KEY) == 0 &&
@@ -213,23 +93,20 @@ static bool set_keys(void *socket, const uint8_t *server, const uint8_t *key,
            zmq_setsockopt(socket, ZMQ_CURVE_SECRETKEY, secret, FL_LINK_KEY) == 0;
 }
 
-// A PAIR on which libzmq tells how connecting goes.
-static void *monitor_open(void *context, void *socket) {
-    const int events = ZMQ_EVENT_HANDSHAKE_SUCCEEDED | ZMQ_EVENT_HANDSHAKE_FAILED_AUTH |
-                       ZMQ_EVENT_HANDSHAKE_FAILED_PROTOCOL | ZMQ_EVENT_HANDSHAKE_FAILED_NO_DETAIL |
-                       ZMQ_EVENT_DISCONNECTED;
-    if (fl_fault() || zmq_socket_monitor(socket, MONITOR_ENDPOINT, events) != 0) return NULL;
+void *fl_link_monitor_open(void *context, void *socket, int events) {
+    char endpoint[64];
+    snprintf(endpoint, sizeof(endpoint), "inproc://fleetune.monitor.%p", socket);
+    if (fl_fault() || zmq_socket_monitor(socket, endpoint, events) != 0) return NULL;
     void *pair = zmq_socket(context, ZMQ_PAIR);
     if (pair == NULL) return NULL;
-    if (!set_int(pair, ZMQ_LINGER, 0) || zmq_connect(pair, MONITOR_ENDPOINT) != 0) {
+    if (!fl_link_set_int(pair, ZMQ_LINGER, 0) || zmq_connect(pair, endpoint) != 0) {
         zmq_close(pair);
         return NULL;
     }
     return pair;
 }
 
-// The next event, or 0 when none came in time.
-static unsigned monitor_next(void *monitor, int flags) {
+unsigned fl_link_monitor_next(void *monitor, int flags, int32_t *ret_value) {
     unsigned event = 0;
     for (bool first = true, more = true; more; first = false) {
         zmq_msg_t part;
@@ -238,9 +115,11 @@ static unsigned monitor_next(void *monitor, int flags) {
             zmq_msg_close(&part);
             return 0;
         }
-        if (first && zmq_msg_size(&part) >= 2) {
-            uint16_t v; // libzmq writes it in the machine's own order
-            memcpy(&v, zmq_msg_data(&part), sizeof(v));
+        if (first && zmq_msg_size(&part) >= 6) { // in the machine's own order
+            uint16_t v;
+            const uint8_t *bytes = zmq_msg_data(&part);
+            memcpy(&v, bytes, sizeof(v));
+            memcpy(ret_value, bytes + 2, sizeof(*ret_value));
             event = v;
         }
         more = zmq_msg_more(&part) != 0;
@@ -271,17 +150,19 @@ static unsigned canary_try(void *context, const char *endpoint, const uint8_t *s
                            const uint8_t key[FL_LINK_KEY], const uint8_t secret[FL_LINK_KEY]) {
     const fl_link_opts opts = {.endpoint = endpoint, .reconnect_max_ms = 400};
     unsigned event = 0;
+    int32_t value;
     void *monitor = NULL, *socket = zmq_socket(context, ZMQ_DEALER);
-    if (socket == NULL || !set_limits(socket, &opts, false) || !set_int(socket, ZMQ_LINGER, 0) ||
+    if (socket == NULL || !set_limits(socket, &opts, false) ||
+        !fl_link_set_int(socket, ZMQ_LINGER, 0) ||
         !set_keys(socket, server, key, secret))
         goto out;
-    monitor = monitor_open(context, socket);
-    if (monitor == NULL || !set_int(monitor, ZMQ_RCVTIMEO, CANARY_MS) ||
+    monitor = fl_link_monitor_open(context, socket, DIAL_EVENTS);
+    if (monitor == NULL || !fl_link_set_int(monitor, ZMQ_RCVTIMEO, CANARY_MS) ||
         zmq_connect(socket, endpoint) != 0)
         goto out;
     const uint64_t deadline = fl_clock_ms() + CANARY_MS;
     do {
-        event = monitor_next(monitor, 0);
+        event = fl_link_monitor_next(monitor, 0, &value);
     } while (event != ZMQ_EVENT_HANDSHAKE_SUCCEEDED && event != ZMQ_EVENT_HANDSHAKE_FAILED_AUTH &&
              fl_clock_ms() < deadline);
 out:
@@ -293,7 +174,7 @@ out:
 // A stranger must be refused, and by our handler: otherwise this is an open door, and we do not
 // start. Runs before anybody is admitted, in a context of its own.
 static fl_status canary(fl_link *link, const uint8_t *server_key, fl_err *err) {
-    char endpoint[ENDPOINT_MAX], z85[2][41];
+    char endpoint[FL_LINK_ENDPOINT_MAX], z85[2][41];
     uint8_t key[FL_LINK_KEY], secret[FL_LINK_KEY];
     if (!canary_endpoint(link->endpoint, endpoint, sizeof(endpoint)) ||
         zmq_curve_keypair(z85[0], z85[1]) != 0 || zmq_z85_decode(key, z85[0]) == NULL ||
@@ -323,7 +204,8 @@ static fl_status canary(fl_link *link, const uint8_t *server_key, fl_err *err) {
 
 // libzmq reads a port as far as it has digits; what follows would be ignored silently.
 static bool endpoint_ok(const char *s) {
-    if (s == NULL || strncmp(s, "tcp://", 6) != 0 || strlen(s) >= ENDPOINT_MAX) return false;
+    if (s == NULL || strncmp(s, "tcp://", 6) != 0 || strlen(s) >= FL_LINK_ENDPOINT_MAX)
+        return false;
     const char *port = strrchr(s + 6, ':');
     if (port == NULL || port == s + 6) return false;
     port++;
@@ -352,15 +234,21 @@ static fl_status link_new(const fl_link_opts *opts, bool listening, fl_link **re
     link->state = listening ? FL_LINK_UP : FL_LINK_CONNECTING;
     link->redial_ms = RECONNECT_MS;
     link->redial_max_ms = opts->reconnect_max_ms == 0 ? 30000 : opts->reconnect_max_ms;
+    link->reconnect_max_ms = opts->reconnect_max_ms;
+    link->quick_until_ms = fl_clock_ms() + QUICK_FIRST_MS;
+    link->shared = opts->share != NULL;
+    link->drained_ms = fl_clock_ms();
+    link->held_max = 2 * link->frame_max * (opts->queue_frames == 0 ? 64 : opts->queue_frames);
     if (!listening) memcpy(link->coordinator_key, opts->coordinator_key, FL_LINK_KEY);
     memcpy(link->endpoint, opts->endpoint, strlen(opts->endpoint) + 1);
     link->wake_fd = fl_fault() ? -1 : eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
     link->lock_made = pthread_mutex_init(&link->lock, NULL) == 0;
-    link->context = fl_fault() ? NULL : zmq_ctx_new();
+    link->context = fl_fault() ? NULL : opts->share != NULL ? opts->share->context : zmq_ctx_new();
     if (link->wake_fd < 0 || !link->lock_made || link->context == NULL) {
         fl_link_close(link);
         return FL_FAIL(err, FL_EIO, "no resources for a link: too many open files?");
     }
+    if (!link->shared) zmq_ctx_set(link->context, ZMQ_MAX_SOCKETS, SOCKETS_MAX);
     *ret = link;
     return FL_OK;
 }
@@ -372,9 +260,9 @@ void fl_link_close(fl_link *link) {
         if (link->monitor != NULL) zmq_socket_monitor(link->socket, NULL, 0);
         zmq_close(link->socket);
     }
-    if (link->monitor != NULL) zmq_close(link->monitor);
-    if (link->context != NULL) {
-        zmq_ctx_shutdown(link->context); // makes the ZAP thread's receive return
+    if (link->monitor != NULL && !link->zap_running) zmq_close(link->monitor);
+    if (link->context != NULL && !link->shared) {
+        zmq_ctx_shutdown(link->context); // ends the ZAP thread, which closes its sockets
         if (link->zap_running)
             pthread_join(link->zap_thread, NULL);
         else if (link->zap != NULL)
@@ -384,13 +272,23 @@ void fl_link_close(fl_link *link) {
     if (link->wake_fd >= 0) close(link->wake_fd);
     if (link->lock_made) pthread_mutex_destroy(&link->lock);
     fl_link_keys_done(&link->keys);
+    fl_guard_done(&link->guard);
     free(link);
 }
 
+// A connection is a descriptor, and 1,024 of them are soon gone: as many as we may have.
+static void raise_descriptors(void) {
+    struct rlimit limit;
+    if (getrlimit(RLIMIT_NOFILE, &limit) != 0 || limit.rlim_cur == limit.rlim_max) return;
+    limit.rlim_cur = limit.rlim_max;
+    (void)setrlimit(RLIMIT_NOFILE, &limit);
+}
+
 static fl_status listen_on(fl_link *link, const fl_link_opts *opts, fl_err *err) {
-    if (!opts->skip_zap) FL_TRY(zap_start(link, err));
+    raise_descriptors();
     link->socket = fl_fault() ? NULL : zmq_socket(link->context, ZMQ_ROUTER);
     if (link->socket == NULL) return FL_FAIL(err, FL_EIO, "no socket: %s", zmq_strerror(errno));
+    if (!opts->skip_zap) FL_TRY(fl_link_zap_start(link, err));
     if (!set_limits(link->socket, opts, true) ||
         !set_keys(link->socket, NULL, opts->curve_key, opts->curve_secret))
         return FL_FAIL(err, FL_EARG, "the link's limits or keys are not accepted");
@@ -423,7 +321,7 @@ static fl_status dial_to(fl_link *link, const fl_link_opts *opts, fl_err *err) {
     if (!set_limits(link->socket, opts, false) ||
         !set_keys(link->socket, opts->coordinator_key, opts->curve_key, opts->curve_secret))
         return FL_FAIL(err, FL_EARG, "the link's limits or keys are not accepted");
-    link->monitor = monitor_open(link->context, link->socket);
+    link->monitor = fl_link_monitor_open(link->context, link->socket, DIAL_EVENTS);
     if (link->monitor == NULL)
         return FL_FAIL(err, FL_EIO, "no socket to watch the connection with");
     if (fl_fault() || zmq_connect(link->socket, opts->endpoint) != 0)
@@ -458,7 +356,17 @@ fl_status fl_link_admit(fl_link *link, const uint8_t key[FL_LINK_KEY], fl_err *e
 
 void fl_link_revoke(fl_link *link, const uint8_t key[FL_LINK_KEY]) {
     pthread_mutex_lock(&link->lock);
+    const fl_guard_id last = fl_link_keys_connection(&link->keys, key, (fl_guard_id){.fd = -1});
     fl_link_keys_revoke(&link->keys, key);
+    fl_guard_end(&link->guard, last, fl_clock_ms());
+    pthread_mutex_unlock(&link->lock);
+}
+
+void fl_link_shut(fl_link *link, const uint8_t key[FL_LINK_KEY], uint32_t shut_ms) {
+    pthread_mutex_lock(&link->lock);
+    fl_link_keys_shut(&link->keys, key, fl_clock_ms() + shut_ms);
+    fl_guard_cut(&link->guard,
+                 fl_link_keys_connection(&link->keys, key, (fl_guard_id){.fd = -1}));
     pthread_mutex_unlock(&link->lock);
 }
 
@@ -470,15 +378,26 @@ void fl_link_enrolment(fl_link *link, bool open) {
 
 // ---- receiving
 
+// libzmq reads these options when it connects, so it has to dial anew.
+static void change_pace(fl_link *link, bool slow) {
+    if (!set_pace(link->socket, link->reconnect_max_ms, slow)) return;
+    link->slow = slow;
+    link->redial_at_ms = fl_clock_ms() + 1;
+}
+
 static void watch_event(fl_link *link, unsigned event) {
     switch (event) {
     case ZMQ_EVENT_HANDSHAKE_SUCCEEDED:
         link->state = FL_LINK_UP;
         link->redial_at_ms = 0;
         link->redial_ms = RECONNECT_MS;
+        link->quick_until_ms = UINT64_MAX;
         return;
     case ZMQ_EVENT_DISCONNECTED:
-        if (link->state == FL_LINK_UP) link->state = FL_LINK_CONNECTING;
+        if (link->state != FL_LINK_UP) return;
+        link->state = FL_LINK_CONNECTING;
+        link->quick_until_ms = fl_clock_ms() + QUICK_LOST_MS;
+        if (link->slow) change_pace(link, false);
         return;
     case ZMQ_EVENT_HANDSHAKE_FAILED_AUTH:
         link->state = FL_LINK_REFUSED;
@@ -494,10 +413,12 @@ static void watch_event(fl_link *link, unsigned event) {
 }
 
 static void watch(fl_link *link) {
-    if (link->monitor == NULL) return;
-    for (unsigned e = monitor_next(link->monitor, ZMQ_DONTWAIT); e != 0;
-         e = monitor_next(link->monitor, ZMQ_DONTWAIT))
+    int32_t value;
+    if (link->listening) return; // the ZAP thread's
+    for (unsigned e = fl_link_monitor_next(link->monitor, ZMQ_DONTWAIT, &value); e != 0;
+         e = fl_link_monitor_next(link->monitor, ZMQ_DONTWAIT, &value))
         watch_event(link, e);
+    if (!link->slow && fl_clock_ms() >= link->quick_until_ms) change_pace(link, true);
     if (link->redial_at_ms != 0 && fl_clock_ms() >= link->redial_at_ms) {
         link->redial_at_ms = 0;
         zmq_disconnect(link->socket, link->endpoint); // what is left of the old one, if anything
@@ -542,8 +463,10 @@ static int take(fl_link *link, uint8_t *route, size_t *route_size) {
 // once.
 static bool identify(fl_link *link, const uint8_t *route, size_t route_size, fl_link_message *ret) {
     const size_t size = zmq_msg_size(&link->in);
+    const int fd = zmq_msg_get(&link->in, ZMQ_SRCFD);
     const char *user = zmq_msg_gets(&link->in, "User-Id");
-    if (route_size != ROUTE_SIZE || route[0] != 0 || user == NULL || !hex_to_key(user, ret->key))
+    if (route_size != ROUTE_SIZE || route[0] != 0 || user == NULL ||
+        !fl_link_hex_to_key(user, ret->key))
         return false;
     const uint32_t number =
         (uint32_t)route[1] << 24 | (uint32_t)route[2] << 16 | (uint32_t)route[3] << 8 | route[4];
@@ -552,6 +475,11 @@ static bool identify(fl_link *link, const uint8_t *route, size_t route_size, fl_
     ret->peer =
         fl_link_keys_frame(&link->keys, ret->key, size, limit, number, fl_clock_ms(), &ret->from);
     if (ret->peer == 0) memcpy(link->stats.refused_key, ret->key, FL_LINK_KEY);
+    const fl_guard_id id = fl_guard_heard(&link->guard, fd, fl_clock_ms());
+    if (ret->peer != 0) { // a key has one connection: the one that spoke last
+        const fl_guard_id before = fl_link_keys_connection(&link->keys, ret->key, id);
+        if (before.cookie != id.cookie) fl_guard_end(&link->guard, before, fl_clock_ms());
+    }
     pthread_mutex_unlock(&link->lock);
     return ret->peer != 0;
 }
@@ -562,7 +490,12 @@ static bool receive_now(fl_link *link, fl_link_message *ret, bool *ret_empty) {
     fl_link_message m = {.from = FL_LINK_ADMITTED};
     const int got = take(link, route, &route_size);
     *ret_empty = got == 0;
-    if (got == 0) return false;
+    if (got == 0) {
+        pthread_mutex_lock(&link->lock);
+        link->drained_ms = fl_clock_ms();
+        pthread_mutex_unlock(&link->lock);
+        return false;
+    }
     bool ok = got == 1;
     if (ok && link->listening)
         ok = identify(link, route, route_size, &m);
@@ -595,7 +528,7 @@ fl_status fl_link_receive(fl_link *link, uint32_t timeout_ms, fl_link_message *r
             {.fd = link->wake_fd, .events = ZMQ_POLLIN},
             {.socket = link->monitor, .events = ZMQ_POLLIN},
         };
-        const int count = link->monitor == NULL ? 2 : 3;
+        const int count = link->listening ? 2 : 3;
         const uint64_t until = sleep_until(link, deadline);
         const int n = zmq_poll(items, count, now < until ? (long)(until - now) : 0);
         if (n < 0 && errno != EINTR)
@@ -624,9 +557,12 @@ static bool route_of(fl_link *link, fl_link_peer peer, uint8_t route[ROUTE_SIZE]
 }
 
 fl_status fl_link_send(fl_link *link, fl_link_peer peer, fl_bytes frame, fl_err *err) {
-    if (frame.size > link->frame_max)
-        return FL_FAIL(err, FL_ELIMIT, "a frame of %zu bytes; %zu are allowed", frame.size,
-                       link->frame_max);
+    // What a coordinator takes from strangers is less than what it sends.
+    const size_t most = link->listening && link->frame_max < FL_LINK_FRAME_MAX
+                            ? (size_t)FL_LINK_FRAME_MAX
+                            : link->frame_max;
+    if (frame.size > most)
+        return FL_FAIL(err, FL_ELIMIT, "a frame of %zu bytes; %zu are allowed", frame.size, most);
     if (link->listening) {
         uint8_t route[ROUTE_SIZE];
         if (!route_of(link, peer, route)) return FL_FAIL(err, FL_ENOENT, "that peer has gone");
@@ -668,5 +604,6 @@ void fl_link_stats_get(const fl_link *link, fl_link_stats *ret) {
     fl_link *l = (fl_link *)(uintptr_t)link; // the lock is the only thing that is written to
     pthread_mutex_lock(&l->lock);
     *ret = l->stats;
+    ret->cut = l->guard.cuts;
     pthread_mutex_unlock(&l->lock);
 }

@@ -3,10 +3,12 @@
 // The coordinator listens (ROUTER), a node dials (DEALER). Every listener runs its own ZAP handler,
 // started before the port is bound, because libzmq without one lets anybody in; and before listen
 // returns, a canary with a random key tries to connect and must be refused, with the handler's
-// books showing that it was asked. Keys here are raw CURVE (X25519) keys of 32 bytes.
+// books showing that it was asked. A key has one connection, the one that spoke last; who never
+// speaks, or sends and sends without finishing a frame, is cut. Keys here are raw CURVE (X25519)
+// keys of 32 bytes.
 //
-// Threads: one thread owns a link. Only fl_link_admit, fl_link_revoke, fl_link_enrolment and
-// fl_link_wake may be called from others. Each call here takes bounded time.
+// Threads: one thread owns a link. Only fl_link_admit, fl_link_revoke, fl_link_shut,
+// fl_link_enrolment and fl_link_wake may be called from others. Each call here takes bounded time.
 #ifndef FL_PROTO_LINK_H
 #define FL_PROTO_LINK_H
 
@@ -28,11 +30,13 @@ typedef struct fl_link_opts {
     const uint8_t *curve_secret;    // own key pair [32] each; only read during the call (libzmq
     const uint8_t *curve_key;       // keeps its own copy of the secret)
     const uint8_t *coordinator_key; // dial: the CURVE key that must answer [32]
-    uint32_t frame_max;             // 0: FL_LINK_FRAME_MAX
+    uint32_t frame_max;             // received, dialled also sent; 0: FL_LINK_FRAME_MAX
     uint32_t queue_frames;          // messages queued a peer and direction; 0: 64
-    uint32_t heartbeat_ms;     // 0: 1000 listening, 15000 dialling; given up after 3 times that
-    uint32_t handshake_ms;     // 0: 3000
-    uint32_t reconnect_max_ms; // dial, 0: 30000 (starts at 200, doubles)
+    uint32_t heartbeat_ms;     // 0: 1000; given up after 2.5 times that
+    uint32_t handshake_ms;     // 0: 2500 listening, 3000 dialling
+    uint32_t reconnect_max_ms; // dial, most between two tries; 0: 1 s for 15 minutes after a
+                               // connection was lost (1 minute after the start), then 30 s
+    const fl_link *share;      // dial: uses that dialled link's threads, and is closed before it
     bool skip_zap;             // tests only: proves that the canary finds a missing handler
 } fl_link_opts;
 
@@ -48,10 +52,13 @@ void fl_link_close(fl_link *link); // NULL is fine; drops what is not sent withi
 // The endpoint bound to, with the real port ("tcp://0.0.0.0:40123").
 const char *fl_link_endpoint(const fl_link *link);
 
-// Who may connect. A revoked key's frames are dropped from the next one on, sends to it fail, and
-// it cannot connect again (libzmq cannot close one peer's connection). FL_ENOMEM from admit only.
+// Who may connect. A revoked key's frames are dropped from the next one on, sends to it fail, its
+// connection is closed within a second or so (what was sent before arrives), and it cannot connect
+// again. FL_ENOMEM from admit only.
 fl_status fl_link_admit(fl_link *link, const uint8_t key[FL_LINK_KEY], fl_err *err) FL_NODISCARD;
 void fl_link_revoke(fl_link *link, const uint8_t key[FL_LINK_KEY]);
+// The same for a while, for a key that misbehaves; closes its connection at once.
+void fl_link_shut(fl_link *link, const uint8_t key[FL_LINK_KEY], uint32_t shut_ms);
 // Open while a join token is live or a join waits for approval: unknown keys may connect, bounded
 // in number, size and rate, and are marked FL_LINK_ENROL on every frame.
 void fl_link_enrolment(fl_link *link, bool open);
@@ -95,6 +102,7 @@ typedef struct fl_link_stats {
     uint64_t frames_in, frames_out, bytes_in, bytes_out;
     uint64_t dropped; // revoked, in several parts, too large for its class, over its rate
     uint64_t zap_admitted, zap_enrol, zap_refused;
+    uint64_t cut; // connections closed: silent, or more bytes than frames, revoked or shut keys
     uint8_t refused_key[FL_LINK_KEY]; // of the newest refused connection or dropped frame
 } fl_link_stats;
 void fl_link_stats_get(const fl_link *link, fl_link_stats *ret);

@@ -4,6 +4,7 @@
 #include <string.h>
 
 enum {
+    MUTE_MS = 3000,  // having said nothing at all for so long, or
     IDLE_MS = 60000, // silent for so long, a key that is not admitted makes room for another
     WINDOW_MS = 60000,
     PER_ADDRESS = FL_LINK_ENROL_MAX / 4,
@@ -87,6 +88,11 @@ static void forget_enrol(fl_link_keys *k, fl_link_entry *e) {
     rehash(k);
 }
 
+// Who never spoke makes room before who did, and of alike ones who was silent longest.
+static bool goes_before(const fl_link_entry *a, const fl_link_entry *b) {
+    return a->routed != b->routed ? !a->routed : a->seen_ms < b->seen_ms;
+}
+
 // May one more unknown key come in? Makes room by forgetting the one that was silent longest.
 static bool enrol_room(fl_link_keys *k, uint64_t address, uint64_t now) {
     size_t same = 0;
@@ -94,16 +100,17 @@ static bool enrol_room(fl_link_keys *k, uint64_t address, uint64_t now) {
     for (size_t i = 0; i < k->entry_count; i++) {
         fl_link_entry *e = &k->entries[i];
         if (!e->used || e->class != FL_LINK_ENROL) continue;
-        if (oldest == NULL || e->seen_ms < oldest->seen_ms) oldest = e;
+        if (oldest == NULL || goes_before(e, oldest)) oldest = e;
         if (e->address != address) continue;
         same++;
-        if (oldest_same == NULL || e->seen_ms < oldest_same->seen_ms) oldest_same = e;
+        if (oldest_same == NULL || goes_before(e, oldest_same)) oldest_same = e;
     }
     if (same >= PER_ADDRESS)
         oldest = oldest_same;
     else if (k->enrol_count < FL_LINK_ENROL_MAX)
         return true;
-    if (oldest == NULL || now - oldest->seen_ms < IDLE_MS) return false;
+    const uint64_t patience = oldest != NULL && oldest->routed ? IDLE_MS : MUTE_MS;
+    if (oldest == NULL || now - oldest->seen_ms < patience) return false;
     forget_enrol(k, oldest);
     return true;
 }
@@ -134,6 +141,7 @@ int fl_link_keys_ask(fl_link_keys *k, const uint8_t key[FL_LINK_KEY], uint64_t a
     fl_link_entry *e = find(k, key);
     if (e != NULL) {
         e->seen_ms = now_ms;
+        if (now_ms < e->shut_ms) return 0;
         return e->class == FL_LINK_ENROL && !k->enrolment ? 0 : e->class;
     }
     if (!k->enrolment || !enrol_room(k, address, now_ms)) return 0;
@@ -152,7 +160,7 @@ fl_link_peer fl_link_keys_frame(fl_link_keys *k, const uint8_t key[FL_LINK_KEY],
     // another.
     if (find(k, key) == NULL) fl_link_keys_ask(k, key, 0, now_ms);
     fl_link_entry *e = find(k, key);
-    if (e == NULL || e->class == 0) return 0;
+    if (e == NULL || e->class == 0 || now_ms < e->shut_ms) return 0;
     if (e->class == FL_LINK_ENROL) {
         if (!k->enrolment) return 0;
         e->seen_ms = now_ms;
@@ -176,4 +184,18 @@ bool fl_link_keys_reachable(const fl_link_keys *k, fl_link_peer peer) {
     if (slot >= k->entry_count) return false;
     const fl_link_entry *e = &k->entries[slot];
     return e->used && e->class != 0 && e->routed && e->route == (uint32_t)peer;
+}
+
+fl_guard_id fl_link_keys_connection(fl_link_keys *k, const uint8_t key[FL_LINK_KEY],
+                                    fl_guard_id now) {
+    fl_link_entry *e = find(k, key);
+    if (e == NULL) return (fl_guard_id){.fd = -1};
+    const fl_guard_id before = e->connection;
+    if (now.cookie != 0) e->connection = now;
+    return before;
+}
+
+void fl_link_keys_shut(fl_link_keys *k, const uint8_t key[FL_LINK_KEY], uint64_t until_ms) {
+    fl_link_entry *e = find(k, key);
+    if (e != NULL) e->shut_ms = until_ms;
 }

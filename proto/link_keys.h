@@ -4,6 +4,7 @@
 #define FL_PROTO_LINK_KEYS_H
 
 #include "proto/link.h"
+#include "proto/link_guard.h"
 
 // One key that ZAP has seen or the owner admitted. Slots are stable, so that a peer's number, which
 // is (slot + 1) << 32 | route, keeps its meaning when a key is admitted in mid-conversation.
@@ -13,6 +14,8 @@ typedef struct fl_link_entry {
     uint8_t class;  // fl_link_class; 0: revoked, kept only while its slot is not needed
     uint32_t route; // of the connection that spoke last
     bool routed;
+    fl_guard_id connection; // it spoke on last
+    uint64_t shut_ms;   // refused until then
     uint64_t address;   // ENROL: hash of where it came from
     uint64_t seen_ms;   // ENROL
     uint64_t window_ms; // ENROL: start of the minute that frames_window counts in
@@ -44,6 +47,12 @@ fl_link_peer fl_link_keys_frame(fl_link_keys *k, const uint8_t key[FL_LINK_KEY],
 
 // Is that peer's connection the last one its key spoke on, and the key not revoked?
 bool fl_link_keys_reachable(const fl_link_keys *k, fl_link_peer peer);
+
+// The connection that the key spoke on last, or none. Then `now` takes its place unless it is none.
+fl_guard_id fl_link_keys_connection(fl_link_keys *k, const uint8_t key[FL_LINK_KEY],
+                                    fl_guard_id now);
+// Neither let in nor heard until then, and what it is stays.
+void fl_link_keys_shut(fl_link_keys *k, const uint8_t key[FL_LINK_KEY], uint64_t until_ms);
 
 uint64_t fl_link_hash(const uint8_t *p, size_t size);
 

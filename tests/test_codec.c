@@ -91,7 +91,7 @@ static void test_largest_messages(void) {
     m.chunk.total = FL_OBJECT_MAX;
     round_trip(&m);
     m = sample_msg(FL_MSG_UPDATE_CHUNK);
-    m.update_chunk.data.size = FL_CHUNK_MAX;
+    m.update_chunk.data.size = FL_UPLOAD_CHUNK_MAX;
     m.update_chunk.key = (fl_update_key){FL_LAYERS_MAX - 1, UINT64_MAX, UINT64_MAX};
     round_trip(&m);
     m = sample_msg(FL_MSG_REPORT);
@@ -376,6 +376,7 @@ static void test_limits_of_transfers(void) {
     REFUSED(UPDATE_CHUNK, m.update_chunk.offset = FL_UPDATE_MAX - 998);
     REFUSED(UPDATE_CHUNK, m.update_chunk.offset = UINT64_MAX);
     REFUSED(UPDATE_CHUNK, m.update_chunk.data.size = 0);
+    REFUSED(UPDATE_CHUNK, m.update_chunk.data.size = FL_UPLOAD_CHUNK_MAX + 1);
     REFUSED(UPDATE_COMMIT, m.update_commit.key.sequence = 0);
     REFUSED(UPDATE_ACK, m.update_ack.verdict = FL_VERDICT_PENDING);
     REFUSED(HEARTBEAT, m.heartbeat.state = (fl_node_state)0);

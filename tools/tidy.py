@@ -43,7 +43,7 @@ MODULES = {
 FREE = ("tests/", "bench/")  # may include any module
 ONLY_IN = {  # third-party header -> the only files that may include it
     r"sodium\.h": ["common/crypto*.c"],
-    r"zmq\.h": ["proto/link.c"],
+    r"zmq\.h": ["proto/link.c", "proto/link_zap.c", "proto/link_internal.h"],
     r".*\.pb-c\.h": ["proto/codec*.c"],
     r"cblas\.h": ["kernels/blas.c"],
     r"immintrin\.h": ["kernels/x86/*"],

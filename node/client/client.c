@@ -75,7 +75,7 @@ static void ask_update(node_client *c, node_client_effects *fx) {
         const uint64_t left = b->size - c->sent;
         e->key = b->key;
         e->offset = c->sent;
-        e->size = left < FL_CHUNK_MAX ? (uint32_t)left : FL_CHUNK_MAX;
+        e->size = left < FL_UPLOAD_CHUNK_MAX ? (uint32_t)left : FL_UPLOAD_CHUNK_MAX;
     } else {
         fl_update_commit *m = &send(fx, FL_MSG_UPDATE_COMMIT)->update_commit;
         m->key = b->key;
