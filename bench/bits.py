@@ -19,7 +19,7 @@ def arm(o, model: str):
     def once() -> dict:
         rates = measure.bench(o, model, o.threads)
         tuned = measure.tune(o, model, o.data, "--steps", STEPS, "--sequence", 256,
-                             "--micro-batches", 4, "--prefix-cache", 0)
+                             "--micro-batches", 4, "--window", 7, "--prefix-cache", 0)
         return {"tune": tuned["tokens/s"], "prefill": rates["prefill"], "decode": rates["decode"],
                 "MB": tuned["MB"]}
     return once

@@ -1,7 +1,7 @@
-// Admitted updates a second, end to end: real processes, sockets and keys on loopback. Clients join,
-// take a task, make and seal their updates; then all deliver at once: offer, bytes, commit, and wait
-// for the acknowledgement, which says that the update was opened, verified and is durable. Each
-// client has one update under way. Clients and coordinator share the machine.
+// Admitted updates a second, end to end: real processes, sockets and keys on loopback. Clients
+// join, take a task, make and seal their updates; then all deliver at once: offer, bytes, commit,
+// and wait for the acknowledgement, which says that the update was opened, verified and is durable.
+// Each client has one update under way. Clients and coordinator share the machine.
 //
 //   coordinator_load [--smoke] [--clients=N] [--updates=N]
 #pragma GCC diagnostic ignored "-Wunused-function"
@@ -36,7 +36,8 @@ static parcel *prepare(node *n, uint32_t updates) {
 }
 
 // A client's process: says when it is ready, waits for the start, reports what came of it.
-static void client(const char *url, uint32_t number, uint32_t updates, int ready, int go, int done) {
+static void client(const char *url, uint32_t number, uint32_t updates, int ready, int go,
+                   int done) {
     char name[24];
     node n;
     client_result r = {0};
@@ -113,8 +114,8 @@ static void load(uint32_t clients, uint32_t updates) {
     T_EQ(accepted, clients * updates);
     printf("%u clients, %u updates of %d bytes: %.3f s, %.0f updates/s, %.1f MB/s; coordinator's "
            "processor time %.0f us an update\n",
-           clients, accepted, (int)(fl_update_size(COUNT, FL_UPDATE_INT16) + FL_SEAL_EXTRA), seconds,
-           accepted / seconds,
+           clients, accepted, (int)(fl_update_size(COUNT, FL_UPDATE_INT16) + FL_SEAL_EXTRA),
+           seconds, accepted / seconds,
            accepted / seconds * (double)fl_update_size(COUNT, FL_UPDATE_INT16) * 1e-6,
            used / accepted * 1e6);
     verify();

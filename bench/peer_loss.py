@@ -99,9 +99,9 @@ def recipes(o: argparse.Namespace) -> dict[str, list[str]]:
     """Ways of ours over the same tokens: schedules, windows, and steps of another size."""
     same = ["--steps", str(o.steps), "--sequence", str(LENGTH), "--micro-batches", str(BATCH)]
     small = ["--steps", str(o.steps * BATCH * 2), "--sequence", "128", "--micro-batches", "1"]
-    all_ways = {"last": same, "last window 15": [*same, "--window", "15"],
-                "last window 30": [*same, "--window", "30"],
-                "cyclic": [*same, "--schedule", "cyclic"], "last, 1 x 128": small}
+    all_ways = {"all layers": same, "window 15": [*same, "--window", "15"],
+                "window 7": [*same, "--window", "7"],
+                "cyclic": [*same, "--schedule", "cyclic"], "all layers, 1 x 128": small}
     return {k: v for k, v in all_ways.items() if not o.way or k in o.way}
 
 
@@ -122,7 +122,7 @@ def main() -> None:
     p.add_argument("--python", default=sys.executable)
     p.add_argument("--side", choices=["ours", "torch", "both"], default="both")
     p.add_argument("--way", action="append", default=[], help="only these ways of ours")
-    p.add_argument("--lr", type=float, nargs="+", default=[5e-3, 1e-2, 2e-2, 4e-2])
+    p.add_argument("--lr", type=float, nargs="+", default=[2.5e-3, 5e-3, 1e-2, 2e-2])
     p.add_argument("--torch-lr", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3, 8e-3])
     p.add_argument("--dtype", choices=["f32", "bf16"], default="bf16", help="torch trains in this")
     p.add_argument("--steps", type=int, default=40)

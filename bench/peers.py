@@ -7,8 +7,8 @@ Each MODEL has SmolLM2-135M's shapes, TEXT is what to tune on, PYTHON an interpr
 transformers and peft. Steps are 4 x 256 tokens. First the peer's best setting is looked for:
 float32 or bfloat16, activations kept or checkpointed, an allocator that keeps its pages, float32
 products rounded to bfloat16 inside, one thread fewer; then the arms take turns. Ours are the last
-window and the four exits in turn, without the prefix cache, and the last window again from the
-second epoch of a short text on, with the cache.
+window, the four exits in turn and a window of all layers, without the prefix cache, and the last
+window again from the second epoch of a short text on, with the cache.
 """
 import json
 import pathlib
@@ -17,6 +17,8 @@ import sys
 import measure
 
 SHAPE = ("--sequence", "256", "--micro-batches", "4")
+WINDOW = ("--window", "7")
+LAYERS = "30"
 EPOCH_BYTES, EPOCH_STEPS, EPOCHS_STEPS = 24000, 10, 40  # text of an epoch of at most 10 steps
 
 # glibc gives large blocks back to the system at once; for torch: page faults in every step.
@@ -74,9 +76,12 @@ def main() -> None:
         stem = pathlib.Path(m).stem
         for way in ("last", "cyclic"):
             arms[f"{stem}, {way}, no cache"] = lambda m=m, way=way: measure.tune(
-                o, m, o.data, *SHAPE, "--steps", o.steps, "--schedule", way, "--prefix-cache", 0)
+                o, m, o.data, *SHAPE, "--steps", o.steps, "--schedule", way, *WINDOW,
+                "--prefix-cache", 0)
+        arms[f"{stem}, all layers, no cache"] = lambda m=m: measure.tune(
+            o, m, o.data, *SHAPE, "--steps", o.steps, "--window", LAYERS, "--prefix-cache", 0)
         arms[f"{stem}, last, cached epochs"] = lambda m=m: measure.tune(
-            o, m, part, *SHAPE, "--steps", EPOCHS_STEPS, skip=EPOCH_STEPS)
+            o, m, part, *SHAPE, *WINDOW, "--steps", EPOCHS_STEPS, skip=EPOCH_STEPS)
 
     def peer() -> dict:
         got = torch(o, tuple(best["setting"]), o.steps - 2, best["threads"])

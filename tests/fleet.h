@@ -1,4 +1,5 @@
-// fleet.h: the nodes of fleet_nodes.h, and the proof that layers are the exact mean of what they sent.
+// fleet.h: the nodes of fleet_nodes.h, and the proof that layers are the exact mean of what they
+// sent.
 #ifndef FL_TESTS_FLEET_H
 #define FL_TESTS_FLEET_H
 

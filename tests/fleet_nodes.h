@@ -1,7 +1,7 @@
 // fleet_nodes.h: a coordinator process with its commands, and nodes made from proto/ alone, for one
-// test or benchmark: bodies are here because the harness counts failures in the file that includes
-// it. Before it may be defined: FLEET_LAYERS, FLEET_COUNT values of a layer, FLEET_SENT updates that
-// are remembered.
+// test or benchmark: bodies are here because the harness counts failures in the file that
+// includes it. Before it may be defined: FLEET_LAYERS, FLEET_COUNT values of a layer, FLEET_SENT
+// updates that are remembered.
 #ifndef FL_TESTS_FLEET_NODES_H
 #define FL_TESTS_FLEET_NODES_H
 

@@ -381,8 +381,8 @@ static void test_optimisers_golden(void) {
     }
 }
 
-// Lazy moments: rounds without updates in between leave no trace in a layer, whatever the optimiser.
-// The moments pass through the eight bytes that the coordinator stores.
+// Lazy moments: rounds without updates in between leave no trace in a layer, whatever the
+// optimiser.
 static void test_missed_rounds_leave_no_trace(void) {
     enum { N = 3, STEPS = 6 };
     for (int kind = 0; kind < COORD_OPT_COUNT; kind++) {
@@ -427,8 +427,8 @@ static void test_no_node_has_more_than_its_share(void) {
     T_CHECK(got[0] == 100 && got[1] == 100 && got[3] == 100, "no share of 1/5 among four");
     for (int trial = 0; trial < 3000; trial++) {
         const size_t nodes = 3 + t_rand() % (MOST - 2);
-        const uint32_t share = COORD_ONE / (uint32_t)nodes + 1 +
-                               (uint32_t)(t_rand() % (COORD_ONE - COORD_ONE / (uint32_t)nodes - 1));
+        const uint32_t least = COORD_ONE / (uint32_t)nodes + 1;
+        const uint32_t share = least + (uint32_t)(t_rand() % (COORD_ONE - least));
         uint64_t w[MOST], back[MOST], capped[MOST], most = 0, cap = 0;
         coord_uwide sum = 0, with_one_more = 0;
         for (size_t i = 0; i < nodes; i++) {

@@ -69,6 +69,7 @@ static inline void rig_close(rig *r) {
 
 static inline node_tune_opts small_opts(void) {
     node_tune_opts o = node_tune_defaults();
+    o.window.size = 2; // of 4: there are layers below it
     o.sequence = 32;
     o.chunk = 48;
     return o;

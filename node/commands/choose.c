@@ -49,7 +49,7 @@ void node_shape_of(const node_model *m, const node_adapter *adapter, node_shape 
     *ret = s;
 }
 
-// A window of 0 stands for: from exit to exit.
+// A window of 0 stands for: all that the schedule can train.
 static uint32_t widest(const node_job *job) {
     node_window_opts w = job->opts.window;
     w.size = 0;

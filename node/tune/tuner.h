@@ -43,7 +43,7 @@ enum {
 #define NODE_TUNE_KEEP_AUTO UINT32_MAX
 
 typedef struct node_tune_opts {
-    node_window_opts window; // window.size 0: from exit to exit
+    node_window_opts window; // window.size 0: what its kind trains
     uint32_t sequence;       // tokens of a micro-batch; 0: NODE_TUNE_SEQUENCE
     uint32_t micro;          // micro-batches a step; 0: 1
     uint32_t chunk;          // vocabulary entries at a time; 0: NODE_TUNE_CHUNK

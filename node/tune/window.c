@@ -76,8 +76,14 @@ static uint32_t exit_at(const node_model *model, const node_window_opts *opts, u
     return exits - 1;
 }
 
+// Layers below one exit that a step of these options trains.
+static node_window window_of(const node_model *model, const node_window_opts *opts, uint32_t exit) {
+    const bool whole = opts->kind == NODE_WINDOW_LAST && opts->size == 0;
+    return node_window_of_exit(model, whole ? model->layers : opts->size, exit);
+}
+
 node_window node_window_at(const node_model *model, const node_window_opts *opts, uint64_t step) {
-    return node_window_of_exit(model, opts->size, exit_at(model, opts, step));
+    return window_of(model, opts, exit_at(model, opts, step));
 }
 
 bool node_window_is_fixed(const node_window_opts *opts) {
@@ -92,7 +98,7 @@ uint64_t node_window_held(const node_model *model, const node_window_opts *opts)
          t++) { // a window that begins at layer 0 has nothing below
         if (opts->kind == NODE_WINDOW_FIXED && t != opts->exit) continue;
         if (opts->kind == NODE_WINDOW_LAST && t != model->exits - 1) continue;
-        if (node_window_of_exit(model, opts->size, t).first > 0) return held;
+        if (window_of(model, opts, t).first > 0) return held;
     }
     return 0;
 }
@@ -102,7 +108,7 @@ uint32_t node_window_layers(const node_model *model, const node_window_opts *opt
     for (uint32_t t = 0; t < model->exits; t++) {
         if (opts->kind == NODE_WINDOW_FIXED && t != opts->exit) continue;
         if (opts->kind == NODE_WINDOW_LAST && t != model->exits - 1) continue;
-        const node_window w = node_window_of_exit(model, opts->size, t);
+        const node_window w = window_of(model, opts, t);
         if (w.last - w.first + 1 > most) most = w.last - w.first + 1;
     }
     return most;

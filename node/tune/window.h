@@ -3,7 +3,8 @@
 // A window is the last `size` layers below an exit (at most down to layer 0). Windows are
 // cumulative: each sits on the adapted layers below it, which it does not change.
 //
-//   last        always the last exit: the model's own output improves at once
+//   last        always the last exit, and all layers below it unless a size is named: the model's
+//               own output improves at once (docs/adr/0013-as-deep-as-memory.md)
 //   ordered     exit 0 for the first steps/T steps, then exit 1, ... the last takes the remainder.
 //               From below upwards, so that no window is trained on layers that change after it;
 //               each for whole epochs where steps/T has one, so that every window sees all of the
@@ -38,7 +39,7 @@ bool node_window_parse(const char *name, node_window_kind *ret) FL_NODISCARD;
 
 typedef struct node_window_opts {
     node_window_kind kind;
-    uint32_t size;        // layers; 0: from the exit below to this one
+    uint32_t size;        // layers; 0: from the exit below to this one, of `last` all of them
     uint32_t still;       // of them, nearest the exit, through which the gradient only passes
     uint32_t exit;        // of `fixed`
     uint64_t steps;       // of the whole run, for `ordered`; 0: not known
