@@ -305,11 +305,19 @@ fl_status fl_dh(const fl_secret *secret, const uint8_t peer[FL_DH_KEY], fl_secre
     return st;
 }
 
+static void *locked_take(size_t size) {
+    void *p = fl_fault() ? NULL : sodium_malloc((size + 15) & ~(size_t)15); // keeps it aligned
+    if (p != NULL) memset(p, 0, size);
+    return p;
+}
+
 const fl_pk fl_pk_real = {
     .sign = fl_sign,
     .sign_check = fl_sign_check,
     .dh_key = raw_dh_key,
     .dh = raw_dh,
+    .take = locked_take,
+    .give = sodium_free,
 };
 
 // ---- sealing

@@ -61,7 +61,7 @@ fl_status fl_dh_key(const fl_secret *secret, uint8_t ret_key[FL_DH_KEY], fl_err 
 fl_status fl_dh(const fl_secret *secret, const uint8_t peer[FL_DH_KEY], fl_secret **ret,
                 fl_err *err) FL_NODISCARD;
 
-// What a handshake needs of the above, as a table; its secrets are the caller's to keep and to wipe.
+// What a handshake needs of the above, as a table; secrets are the caller's to keep and to wipe.
 // Everything real uses fl_pk_real; a simulator that shakes hands a million times brings its own,
 // which lives in the simulator alone.
 typedef struct fl_pk {
@@ -72,6 +72,8 @@ typedef struct fl_pk {
     void (*dh_key)(const uint8_t secret[FL_DH_KEY], uint8_t ret_key[FL_DH_KEY]);
     fl_status (*dh)(const uint8_t secret[FL_DH_KEY], const uint8_t peer[FL_DH_KEY],
                     uint8_t ret_shared[FL_DH_KEY], fl_err *err); // FL_EAUTH as fl_dh
+    void *(*take)(size_t size); // zeros for secrets, locked as those of fl_secret; NULL: none left
+    void (*give)(void *p);      // wipes; NULL is fine
 } fl_pk;
 extern const fl_pk fl_pk_real;
 

@@ -3,6 +3,7 @@
 // buffer gives the same bytes again.
 #include "common/checked.h"
 #include "common/log.h"
+#include "common/plant.h"
 #include "coordinator/loop_state.h"
 
 #include <math.h>
@@ -55,7 +56,7 @@ static fl_status load_moments(coord_loop *loop, const coord_layer_row *row, size
     uint8_t *data = NULL;
     size_t size = 0;
     if (doubles == 0) return FL_OK;
-    if (!row->has_moments) { // its first step, or the first with this optimiser
+    if (!row->has_moments || fl_plant(MOMENTS_LOST)) { // first step, or first with this optimiser
         coord_opt_start(&loop->opt, (size_t)row->count, moments);
         return FL_OK;
     }
@@ -75,8 +76,10 @@ static fl_status load_moments(coord_loop *loop, const coord_layer_row *row, size
 static fl_status save(coord_loop *loop, const step *s, size_t doubles, coord_layer_row *row,
                       fl_err *err) {
     const size_t size = fl_layer_size((uint32_t)row->count);
-    FL_TRY(fl_layer_encode(row->layer, (uint64_t)row->version, s->theta, (uint32_t)row->count,
-                           s->bytes, size, err));
+    uint64_t version = (uint64_t)row->version;
+    if (fl_plant(VERSION_REUSED) && version > 1) version--;
+    FL_TRY(fl_layer_encode(row->layer, version, s->theta, (uint32_t)row->count, s->bytes, size,
+                           err));
     row->size = (int64_t)size;
     FL_TRY(coord_store_put_object(loop->store, (fl_bytes){s->bytes, size}, row->digest, err));
     row->has_moments = doubles > 0;
@@ -196,6 +199,7 @@ fl_status coord_loop_flush(coord_loop *loop, uint64_t now_ms, fl_err *err) {
         FL_TRY(coord_store_set_layer(loop->store, &next[l], loop->sum[l].updates, err));
         changed++;
     }
+    if (fl_plant(SEAL_IN_TWO)) FL_TRY(coord_loop_commit(loop, err));
     FL_TRY(step_vote(loop, &vote, &loss, err));
     FL_TRY(close_round(loop, changed, loss, err));
     FL_TRY(coord_loop_commit(loop, err));
@@ -203,7 +207,7 @@ fl_status coord_loop_flush(coord_loop *loop, uint64_t now_ms, fl_err *err) {
     memcpy(loop->layer, next, sizeof(next));
     loop->vote = vote;
     for (uint32_t l = 0; l < loop->layers; l++) {
-        if (loop->sum[l].updates != 0) coord_sum_reset(&loop->sum[l]);
+        if (loop->sum[l].updates != 0 && !fl_plant(SUM_NOT_RESET)) coord_sum_reset(&loop->sum[l]);
     }
     const coord_event ev = {.kind = COORD_EV_FLUSHED, .now_ms = now_ms};
     FL_TRY(coord_round_step(&loop->round, &ev, &fx, err));

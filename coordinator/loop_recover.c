@@ -1,6 +1,7 @@
 // A start is a recovery: everything in memory is made from what is durable.
 #include "common/checked.h"
 #include "common/log.h"
+#include "common/plant.h"
 #include "coordinator/loop_state.h"
 
 #include <stdio.h>
@@ -61,7 +62,7 @@ static fl_status start_round(coord_loop *loop, uint64_t now_ms, fl_err *err) {
     int64_t last_task = 0;
     FL_TRY(coord_settings_round(&loop->settings, loop->layers, &opts, err));
     FL_TRY(open_round(loop, &round, err));
-    const size_t size = coord_round_size(&opts) + opts.nodes_max * sizeof(coord_member) + 256;
+    const size_t size = coord_round_size(&opts) + coord_registry_size(opts.nodes_max);
     fl_arena_init(&loop->memory, calloc(size, 1), size);
     loop->sessions = calloc(opts.nodes_max, sizeof(*loop->sessions));
     if (loop->memory.base == NULL || loop->sessions == NULL)
@@ -74,7 +75,7 @@ static fl_status start_round(coord_loop *loop, uint64_t now_ms, fl_err *err) {
     }
     FL_TRY(coord_store_task_counts(loop->store, loop->round.given, opts.exits, err));
     FL_TRY(coord_store_last_task(loop->store, &last_task, err));
-    loop->round.next_task = (uint64_t)last_task + 1;
+    loop->round.next_task = (uint64_t)last_task + (fl_plant(TASK_NUMBER_REUSED) ? 0 : 1);
     return FL_OK;
 }
 
@@ -107,7 +108,10 @@ static fl_status restore_update(void *ctx, const coord_update_row *row, fl_err *
     if (st == FL_OK && (update.info.layer != row->layer || row->layer >= loop->layers ||
                         update.info.count != loop->layer[row->layer].count))
         st = FL_FAIL(err, FL_EFORMAT, "update %lld is not what its row says", (long long)row->id);
-    if (st == FL_OK) st = coord_loop_fold(loop, &update, (uint64_t)row->weight, row->clip, err);
+    const uint32_t clip = fl_plant(CLIP_FORGOTTEN) ? COORD_ONE : row->clip;
+    if (st == FL_OK) st = coord_loop_fold(loop, &update, (uint64_t)row->weight, clip, err);
+    if (st == FL_OK && fl_plant(FOLD_TWICE))
+        st = coord_loop_fold(loop, &update, (uint64_t)row->weight, clip, err);
     if (st == FL_OK) st = coord_round_restore_update(&loop->round, row->layer, err);
     free(data);
     return st;
@@ -122,6 +126,7 @@ static fl_status restore_cover(void *ctx, int64_t round, uint32_t layer, int64_t
 static fl_status restore_norm(void *ctx, const coord_update_row *row, fl_err *err) {
     recovery *r = ctx;
     (void)err;
+    if (fl_plant(NORMS_OF_OLDEST) && r->loop->norms[r->layer].count == 8) return FL_OK;
     coord_norms_add(&r->loop->norms[r->layer], row->norm);
     return FL_OK;
 }
@@ -207,11 +212,12 @@ fl_status coord_loop_recover(coord_loop *loop, uint64_t now_ms, fl_err *err) {
     FL_TRY(read_facts(loop, err));
     FL_TRY(start_round(loop, now_ms, err));
     FL_TRY(coord_loop_refresh(loop, now_ms, err));
-    FL_TRY(coord_store_each_last_update(loop->store, restore_last, loop, err));
+    if (!fl_plant(BASES_NOT_RESTORED))
+        FL_TRY(coord_store_each_last_update(loop->store, restore_last, loop, err));
     FL_TRY(coord_store_each_open_update(loop->store, restore_update, loop, err));
     FL_TRY(coord_store_each_cover(loop->store, (int64_t)loop->round.round, COORD_COVER_ROUNDS,
                                   restore_cover, loop, err));
-    FL_TRY(restore_tasks(loop, err));
+    if (!fl_plant(TASK_NOT_RESTORED)) FL_TRY(restore_tasks(loop, err));
     for (uint32_t l = 0; l < loop->layers; l++) {
         recovery r = {.loop = loop, .now_ms = now_ms, .layer = l};
         FL_TRY(
@@ -219,7 +225,7 @@ fl_status coord_loop_recover(coord_loop *loop, uint64_t now_ms, fl_err *err) {
     }
     FL_TRY(restore_vote(loop, err));
     FL_TRY(coord_store_each_last_report(loop->store, restore_report, loop, err));
-    FL_TRY(settle(loop, err));
+    if (!fl_plant(NO_SETTLE)) FL_TRY(settle(loop, err));
     return coord_store_sweep(loop->store, err);
 }
 

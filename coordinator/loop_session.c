@@ -1,5 +1,6 @@
 // Frames in, answers out: who says it, may he, what is it, and to whom does it go.
 #include "common/log.h"
+#include "common/plant.h"
 #include "coordinator/loop_state.h"
 
 #include <stdarg.h>
@@ -51,12 +52,13 @@ static void send_answer(coord_loop *loop, const coord_answer *a, fl_bytes body) 
 }
 
 fl_status coord_loop_commit(coord_loop *loop, fl_err *err) {
-    FL_TRY(coord_store_commit(loop->store, err));
+    if (!fl_plant(EARLY_ACK)) FL_TRY(coord_store_commit(loop->store, err));
     for (size_t i = 0; i < loop->outbox_count; i++) {
         const coord_answer *a = &loop->outbox[i];
         send_answer(loop, a, (fl_bytes){loop->outbox_bytes + a->at, a->size});
     }
     loop->outbox_count = loop->outbox_used = 0;
+    if (fl_plant(EARLY_ACK)) FL_TRY(coord_store_commit(loop->store, err));
     return FL_OK;
 }
 

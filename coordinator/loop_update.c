@@ -2,6 +2,7 @@
 // event with its reason, and leaves the model as it was.
 #include "common/fault.h"
 #include "common/log.h"
+#include "common/plant.h"
 #include "coordinator/loop_state.h"
 #include "proto/seal.h"
 
@@ -65,7 +66,8 @@ static fl_status judge_offer(coord_loop *loop, uint32_t node, const fl_update_be
     FL_TRY(coord_store_seen_update(loop->store, loop->registry.members[node].id, b->key.layer,
                                    (int64_t)b->key.base_version, (int64_t)b->key.sequence, &seen,
                                    err));
-    *ret_duplicate = seen == COORD_SEEN_SAME;
+    *ret_duplicate = seen == COORD_SEEN_SAME ||
+                     (fl_plant(OTHER_IS_SAME) && seen == COORD_SEEN_OTHER);
     if (seen != COORD_SEEN_NEW) return FL_OK; // OTHER: one update for each version, and it came
     const coord_event ev = {.kind = COORD_EV_OFFER,
                             .now_ms = now_ms,
@@ -157,7 +159,7 @@ static fl_code open_payload(coord_loop *loop, uint32_t node, coord_upload *u, fl
     memcpy(label.run_id, b->run_id, sizeof(label.run_id));
     memcpy(label.node_key, loop->registry.members[node].sign_key, FL_KEY_SIZE);
     fl_hash((fl_bytes){u->data, (size_t)b->size}, digest);
-    if (memcmp(digest, b->digest, sizeof(digest)) != 0) {
+    if (memcmp(digest, b->digest, sizeof(digest)) != 0 && !fl_plant(NO_DIGEST)) {
         (void)FL_FAIL(why, FL_EAUTH, "%s", fl_code_text(FL_CODE_DIGEST));
         return FL_CODE_DIGEST;
     }
@@ -178,6 +180,7 @@ static fl_code open_payload(coord_loop *loop, uint32_t node, coord_upload *u, fl
     if (opened != FL_OK) return opened == FL_ELIMIT ? FL_CODE_NOT_FINITE : FL_CODE_MALFORMED;
     const fl_update_info *info = &ret_update->info;
     const int64_t count = loop->layer[b->key.layer].count;
+    if (fl_plant(NO_SHAPE)) return FL_CODE_NONE;
     if (info->layer != b->key.layer || info->base_version != b->key.base_version ||
         info->tokens != b->tokens || (count != 0 && info->count != count)) {
         (void)FL_FAIL(why, FL_EARG, "%s", fl_code_text(FL_CODE_SHAPE));
@@ -246,6 +249,9 @@ static fl_status conclude(coord_loop *loop, uint32_t node, uint64_t now_ms, fl_e
         a.norm = sqrt(fl_update_norm2(&a.update));
         if (coord_gate_norm(&loop->gate, &loop->norms[b.key.layer], a.norm, &a.clip, &why) != FL_OK)
             code = FL_CODE_NORM;
+        if (code != FL_CODE_NONE && fl_plant(NORM_OF_REFUSED))
+            coord_norms_add(&loop->norms[b.key.layer], a.norm);
+        if (fl_plant(NO_CLIP)) a.clip = COORD_ONE;
     }
     if (code == FL_CODE_INTERNAL || code == FL_CODE_DIGEST) {
         coord_loop_drop_upload(loop, node); // not the update's fault: it may come again

@@ -1,5 +1,7 @@
 #include "coordinator/registry.h"
 
+#include "common/checked.h"
+
 #include <string.h>
 
 bool coord_quota_take(coord_quota *q, uint64_t rate_s, uint64_t burst, uint64_t amount,
@@ -18,10 +20,51 @@ bool coord_quota_take(coord_quota *q, uint64_t rate_s, uint64_t burst, uint64_t 
     return true;
 }
 
+static uint32_t buckets_of(uint32_t max) {
+    uint32_t n = 1;
+    while (n < max) n *= 2;
+    return n;
+}
+
+size_t coord_registry_size(uint32_t max) {
+    const size_t words = (size_t)COORD_NAMES * (buckets_of(max) + max);
+    return max * sizeof(coord_member) + words * sizeof(uint32_t) + 128;
+}
+
 fl_status coord_registry_init(coord_registry *r, uint32_t max, fl_arena *arena, fl_err *err) {
     FL_ASSERT(max <= COORD_NODES_MAX);
-    *r = (coord_registry){.members = FL_ARENA_NEW(arena, coord_member, max), .max = max};
-    return r->members != NULL ? FL_OK : FL_FAIL(err, FL_ENOMEM, "no memory for %u nodes", max);
+    *r = (coord_registry){.members = FL_ARENA_NEW(arena, coord_member, max),
+                          .max = max,
+                          .buckets = buckets_of(max)};
+    bool all = r->members != NULL;
+    for (int n = 0; n < COORD_NAMES; n++) {
+        r->head[n] = FL_ARENA_NEW(arena, uint32_t, r->buckets);
+        r->next[n] = FL_ARENA_NEW(arena, uint32_t, max);
+        all = all && r->head[n] != NULL && r->next[n] != NULL;
+        if (all) memset(r->head[n], 0xff, r->buckets * sizeof(uint32_t)); // COORD_NOBODY
+    }
+    return all ? FL_OK : FL_FAIL(err, FL_ENOMEM, "no memory for %u nodes", max);
+}
+
+static uint32_t *chain(const coord_registry *r, coord_name name, uint64_t bits) {
+    return &r->head[name][bits & (r->buckets - 1)];
+}
+
+static uint64_t bits_of(const uint8_t key[FL_KEY_SIZE]) {
+    return fl_get_u64(key + FL_KEY_SIZE - 16); // the top of an X25519 key has bits that are fixed
+}
+
+static void link_member(coord_registry *r, uint32_t i) {
+    const coord_member *m = &r->members[i];
+    uint32_t *const heads[COORD_NAMES] = {
+        [COORD_BY_ID] = chain(r, COORD_BY_ID, (uint64_t)m->id),
+        [COORD_BY_SIGN] = chain(r, COORD_BY_SIGN, bits_of(m->sign_key)),
+        [COORD_BY_TRANSPORT] = chain(r, COORD_BY_TRANSPORT, bits_of(m->transport_key)),
+    };
+    for (int n = 0; n < COORD_NAMES; n++) {
+        r->next[n][i] = *heads[n];
+        *heads[n] = i;
+    }
 }
 
 fl_status coord_registry_put(coord_registry *r, const coord_member *member, uint32_t *ret_index,
@@ -32,6 +75,7 @@ fl_status coord_registry_put(coord_registry *r, const coord_member *member, uint
             return FL_FAIL(err, FL_ELIMIT, "the fleet is full: %u nodes", r->max);
         i = r->count++;
         r->members[i] = *member;
+        link_member(r, i);
     }
     coord_member *m = &r->members[i];
     if (memcmp(m->sign_key, member->sign_key, FL_KEY_SIZE) != 0 ||
@@ -46,24 +90,23 @@ fl_status coord_registry_put(coord_registry *r, const coord_member *member, uint
 }
 
 uint32_t coord_registry_by_id(const coord_registry *r, int64_t id) {
-    for (uint32_t i = 0; i < r->count; i++) {
-        if (r->members[i].id == id) return i;
-    }
-    return COORD_NOBODY;
+    uint32_t i = *chain(r, COORD_BY_ID, (uint64_t)id);
+    while (i != COORD_NOBODY && r->members[i].id != id) i = r->next[COORD_BY_ID][i];
+    return i;
 }
 
 uint32_t coord_registry_by_sign_key(const coord_registry *r, const uint8_t key[FL_KEY_SIZE]) {
-    for (uint32_t i = 0; i < r->count; i++) {
-        if (memcmp(r->members[i].sign_key, key, FL_KEY_SIZE) == 0) return i;
-    }
-    return COORD_NOBODY;
+    uint32_t i = *chain(r, COORD_BY_SIGN, bits_of(key));
+    while (i != COORD_NOBODY && memcmp(r->members[i].sign_key, key, FL_KEY_SIZE) != 0)
+        i = r->next[COORD_BY_SIGN][i];
+    return i;
 }
 
 uint32_t coord_registry_by_transport_key(const coord_registry *r, const uint8_t key[FL_KEY_SIZE]) {
-    for (uint32_t i = 0; i < r->count; i++) {
-        if (memcmp(r->members[i].transport_key, key, FL_KEY_SIZE) == 0) return i;
-    }
-    return COORD_NOBODY;
+    uint32_t i = *chain(r, COORD_BY_TRANSPORT, bits_of(key));
+    while (i != COORD_NOBODY && memcmp(r->members[i].transport_key, key, FL_KEY_SIZE) != 0)
+        i = r->next[COORD_BY_TRANSPORT][i];
+    return i;
 }
 
 uint32_t coord_registry_active(const coord_registry *r) {

@@ -7,7 +7,7 @@
 #include "common/status.h"
 #include "proto/codec.h"
 
-enum { COORD_NODES_MAX = 1024 };
+enum { COORD_NODES_MAX = 16384 };
 #define COORD_NOBODY UINT32_MAX
 
 typedef enum coord_member_state {
@@ -34,11 +34,19 @@ typedef struct coord_member {
     coord_quota frames, bytes;
 } coord_member;
 
+// What members are found by. Each has heads of chains by the last bits of the id or of the key, so
+// that a frame costs the same in a fleet of ten and of ten thousand.
+typedef enum coord_name { COORD_BY_ID, COORD_BY_SIGN, COORD_BY_TRANSPORT, COORD_NAMES } coord_name;
+
 typedef struct coord_registry {
     coord_member *members; // [max]; a member never moves, so its index names it
     uint32_t count, max;
+    uint32_t buckets;            // a power of two
+    uint32_t *head[COORD_NAMES]; // [buckets] index of a member, or COORD_NOBODY
+    uint32_t *next[COORD_NAMES]; // [max] of the same chain
 } coord_registry;
 
+size_t coord_registry_size(uint32_t max); // bytes of the arena that init needs
 // Room for `max` members in the arena. FL_ENOMEM.
 fl_status coord_registry_init(coord_registry *r, uint32_t max, fl_arena *arena,
                               fl_err *err) FL_NODISCARD;

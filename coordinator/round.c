@@ -1,5 +1,6 @@
 #include "coordinator/round.h"
 
+#include "common/plant.h"
 #include "coordinator/round_assign.h"
 
 #include <string.h>
@@ -65,7 +66,7 @@ fl_status coord_round_restore_last(coord_round *r, uint32_t node, uint32_t layer
 
 fl_status coord_round_restore_update(coord_round *r, uint32_t layer, fl_err *err) {
     if (layer >= r->opts.layers) return FL_FAIL(err, FL_EFORMAT, "an update of layer %u", layer);
-    r->touched[layer] = true;
+    r->touched[layer] = !fl_plant(TOUCHED_FORGOTTEN);
     r->updates++;
     return FL_OK;
 }
@@ -129,7 +130,8 @@ static uint32_t enough(const coord_round *r) {
 
 static void maybe_flush(coord_round *r, uint64_t now_ms, coord_effect *fx) {
     if (r->phase != COORD_COLLECT || r->updates == 0) return;
-    const bool late = now_ms >= r->opened_ms && now_ms - r->opened_ms >= r->opts.deadline_ms;
+    const bool late = now_ms >= r->opened_ms && now_ms - r->opened_ms >= r->opts.deadline_ms &&
+                      !fl_plant(DEADLINE_IGNORED);
     if (r->contributions >= enough(r))
         fx->flush = COORD_FLUSH_FULL;
     else if (late && r->contributions >= r->opts.updates_min)
@@ -143,7 +145,7 @@ static void end_task(coord_round *r, coord_slot *s, coord_effect *fx) {
     fx->task_ended = true;
     if (s->awaited == 0 && s->admitted > 0) {
         fx->counted = r->round;
-        r->contributions += s->counted != r->round;
+        r->contributions += fl_plant(COUNTED_TWICE) || s->counted != r->round;
         s->counted = r->round;
     }
     s->task = 0;
@@ -237,11 +239,14 @@ static fl_status on_offer(coord_round *r, const coord_event *ev, coord_effect *f
     } else if (s->task == 0 || s->task != ev->task || ev->layer < s->first || ev->layer > s->last ||
                bit(s->answered, ev->layer)) {
         fx->code = FL_CODE_NOT_ASSIGNED;
-    } else if (ev->base > r->version[ev->layer] || *last_of(r, ev->node, ev->layer) > ev->base) {
+    } else if (ev->base > r->version[ev->layer] ||
+               (*last_of(r, ev->node, ev->layer) > ev->base && !fl_plant(OLDER_BASE))) {
         fx->code = FL_CODE_BASE; // from the future, or not newer than what it sent before
     } else {
         fx->staleness = r->version[ev->layer] - ev->base;
-        if (fx->staleness > r->opts.staleness_max) fx->code = FL_CODE_LATE;
+        const uint64_t extra = fl_plant(STALENESS_LIMIT) ? 1 : 0;
+        if (fx->staleness > r->opts.staleness_max + extra) fx->code = FL_CODE_LATE;
+        if (fl_plant(STALENESS_PLUS_ONE)) fx->staleness++;
     }
     return FL_OK;
 }

@@ -1,6 +1,7 @@
 // Content-addressed files, and the spool of accepted updates.
 #include "common/crypto.h"
 #include "common/file.h"
+#include "common/plant.h"
 #include "coordinator/store_sql.h"
 
 #include <stdio.h>
@@ -28,7 +29,10 @@ fl_status coord_store_put_object(coord_store *s, fl_bytes bytes, uint8_t ret_dig
     uint8_t digest[COORD_DIGEST];
     fl_hash(bytes, digest);
     coord_store_object_path(s, digest, path);
-    if (!s->disk->ops->exists(s->disk, path)) FL_TRY(coord_disk_replace(s->disk, path, bytes, err));
+    if (!s->disk->ops->exists(s->disk, path))
+        FL_TRY(coord_disk_replace(s->disk, path, bytes, err));
+    else // whoever put it there may have been killed before its name was durable
+        FL_TRY(coord_disk_sync_parent(s->disk, path, err));
     memcpy(ret_digest, digest, sizeof(digest));
     return FL_OK;
 }
@@ -138,6 +142,7 @@ static fl_status spool_open(coord_store *s, int64_t spool, fl_err *err) {
                              "i", spool));
     coord_spool_path(s, spool, path);
     const bool is_new = !s->disk->ops->exists(s->disk, path);
+    if (fl_plant(SPOOL_CUT)) size = 0;
     FL_TRY(s->disk->ops->open(s->disk, path, true, &f, err));
     fl_status st = s->disk->ops->truncate(s->disk, f, (uint64_t)size, err);
     if (st == FL_OK && is_new) st = coord_disk_sync_parent(s->disk, path, err);
@@ -199,6 +204,12 @@ static fl_status object_is_named(coord_store *s, const char *name, bool *ret, fl
                           " EXISTS(SELECT 1 FROM facts WHERE value = ?1)",
                           "b", digest, sizeof(digest)));
     *ret = found != 0;
+    if (fl_plant(SWEEP_MOMENTS)) {
+        FL_TRY(coord_sql_integer(s, &found, err,
+                                 "SELECT EXISTS(SELECT 1 FROM layers WHERE moments = ?)", "b",
+                                 digest, sizeof(digest)));
+        *ret = *ret && found == 0;
+    }
     return FL_OK;
 }
 
@@ -211,7 +222,7 @@ static fl_status spool_is_named(coord_store *s, const char *name, bool *ret, fl_
     FL_TRY(coord_sql_integer(s, &found, err,
                              "SELECT EXISTS(SELECT 1 FROM updates WHERE round = 0 AND spool = ?)",
                              "i", (int64_t)spool));
-    *ret = found != 0 || (s->spool_file != NULL && s->spool == spool);
+    *ret = (found != 0 && !fl_plant(SWEEP_SPOOL)) || (s->spool_file != NULL && s->spool == spool);
     return FL_OK;
 }
 

@@ -24,9 +24,7 @@ typedef struct session {
     uint8_t update_key[FL_KEY_SIZE];
 } session;
 
-// The struct itself lies in locked memory: fl_channel is the content of one fl_secret.
-struct fl_channel {
-    fl_secret *self;
+struct fl_channel { // in locked memory
     fl_channel_role role;
     const fl_secret *identity;
     const fl_pk *pk;
@@ -40,13 +38,12 @@ struct fl_channel {
 };
 
 fl_status fl_channel_open(const fl_channel_opts *opts, fl_channel **ret, fl_err *err) {
-    fl_secret *memory = NULL;
-    FL_TRY(fl_secret_open(sizeof(fl_channel), &memory, err));
-    fl_channel *ch = (fl_channel *)(void *)fl_secret_edit(memory);
-    ch->self = memory;
+    const fl_pk *pk = opts->pk == NULL ? &fl_pk_real : opts->pk;
+    fl_channel *ch = pk->take(sizeof(*ch));
+    if (ch == NULL) return FL_FAIL(err, FL_ENOMEM, "no locked memory for a session");
     ch->role = opts->role;
     ch->identity = opts->identity;
-    ch->pk = opts->pk == NULL ? &fl_pk_real : opts->pk;
+    ch->pk = pk;
     ch->counter_max = opts->counter_max == 0 ? FL_CHANNEL_COUNTER_MAX : opts->counter_max;
     memcpy(ch->identity_key, opts->identity_key, FL_KEY_SIZE);
     memcpy(ch->peer_key, opts->peer_key, FL_KEY_SIZE);
@@ -56,7 +53,7 @@ fl_status fl_channel_open(const fl_channel_opts *opts, fl_channel **ret, fl_err 
 }
 
 void fl_channel_close(fl_channel *ch) {
-    if (ch != NULL) fl_secret_close(ch->self);
+    if (ch != NULL) ch->pk->give(ch);
 }
 
 void fl_channel_drop(fl_channel *ch) {

@@ -1,7 +1,9 @@
 #include "sim/crypto.h"
 
+#include "common/plant.h"
 #include "sim/rng.h"
 
+#include <stdlib.h>
 #include <string.h>
 
 void sim_fill(sim_rng *r, void *out, size_t size) {
@@ -59,8 +61,17 @@ static fl_status pk_dh(const uint8_t secret[FL_DH_KEY], const uint8_t peer[FL_DH
     return FL_OK;
 }
 
-const fl_pk sim_pk = {
-    .sign = pk_sign, .sign_check = pk_check, .dh_key = sim_public, .dh = pk_dh};
+// Ordinary memory: a large fleet has more sessions than the system has locked pages.
+static void *pk_take(size_t size) {
+    return calloc(1, size);
+}
+
+const fl_pk sim_pk = {.sign = pk_sign,
+                      .sign_check = pk_check,
+                      .dh_key = sim_public,
+                      .dh = pk_dh,
+                      .take = pk_take,
+                      .give = free};
 
 // ---- the envelope of an update: 32 bytes of key, payload, 16 bytes of tag, 64 of signature
 
@@ -95,7 +106,7 @@ fl_status sim_unseal(const fl_seal_label *label, fl_bytes sealed, const fl_secre
     if (size > out_size) return FL_FAIL(err, FL_ELIMIT, "update of %zu bytes has no room", size);
     const fl_bytes payload = {sealed.data + FL_KEY_SIZE, size};
     seal_digest(label, payload, digest);
-    if (memcmp(digest, payload.data + size + 16, sizeof(digest)) != 0)
+    if (memcmp(digest, payload.data + size + 16, sizeof(digest)) != 0 && !fl_plant(NO_SIGNATURE))
         return FL_FAIL(err, FL_EAUTH, "the update's signature does not hold");
     memcpy(out, payload.data, size);
     *ret = (fl_bytes){out, size};

@@ -3,6 +3,7 @@
 #include "sim/state.h"
 
 #include "common/checked.h"
+#include "common/plant.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -171,6 +172,10 @@ fl_status sim_host_init(sim *s, fl_err *err) {
     coord_store *st = NULL;
     h->wall_ms = WALL_START_MS;
     h->disk = sim_disk_new(s->opts.seed, &h->wall_ms);
+    sim_disk_lie(h->disk, (sim_disk_lies){.spool_sync = fl_plant(LOST_SPOOL_SYNC),
+                                          .log_sync = fl_plant(LOST_LOG_SYNC),
+                                          .object_sync = fl_plant(LOST_OBJECT_SYNC),
+                                          .folder_sync = fl_plant(LOST_FOLDER_SYNC)});
     draw_settings(s);
     FL_TRY(make_keys(s, err));
     h->world = (coord_world){

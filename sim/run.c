@@ -140,7 +140,8 @@ static void happen(sim *s, sim_event *ev) {
         if (ev->boot == h->boot) sim_host_boot(s);
         return;
     case SIM_EV_COMPARE:
-        schedule(s, SIM_EV_COMPARE, 0, sim_between(&s->rng, 30000, 200000));
+        schedule(s, SIM_EV_COMPARE, 0, // a large fleet's disk takes long to copy
+                 sim_between(&s->rng, 30000, 200000) * (1 + s->opts.nodes / 100));
         sim_check_compare(s);
         return;
     case SIM_EV_OWNER:

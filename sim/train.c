@@ -33,7 +33,8 @@ sim_made *sim_made_of(sim_node *n, uint64_t sequence) {
 }
 
 static void draw_values(sim_node *n, float *values, uint32_t count) {
-    const float scale = n->malice == SIM_HUGE ? 60.0f : 0.01f;
+    const bool large = sim_chance(&n->rng, 0.05); // honest, and to be clipped
+    const float scale = n->malice == SIM_HUGE ? 60.0f : large ? 0.1f : 0.01f;
     for (uint32_t i = 0; i < count; i++) {
         const float unit = (float)(sim_draw(&n->rng) >> 40) * 0x1p-24f; // [0, 1)
         values[i] = scale * (n->malice == SIM_HUGE ? 0.5f + unit / 2 : 2.0f * unit - 1.0f);
@@ -63,7 +64,8 @@ static void spoil_payload(sim_malice malice, uint8_t *payload, size_t *size) {
 }
 
 static bool must_be_refused(sim_malice malice) {
-    return malice != SIM_HONEST && malice != SIM_HUGE && malice != SIM_TWICE;
+    return malice != SIM_HONEST && malice != SIM_HUGE && malice != SIM_TWICE &&
+           malice != SIM_OLDER;
 }
 
 static void seal(sim_node *n, sim_made *m, fl_bytes payload) {
@@ -94,6 +96,8 @@ sim_made *sim_make_update(sim_node *n, uint32_t layer, uint64_t base, uint64_t t
                            .task_id = t->task_id,
                            .tokens = tokens};
     memcpy(b->run_id, t->run_id, sizeof(b->run_id));
+    if (n->malice == SIM_OLDER && base > 0)
+        b->key.base_version = base -= sim_between(&n->rng, 1, base < 4 ? base : 4);
     if (n->malice == SIM_WRONG_BASE) b->key.base_version = base += 1000;
     const fl_update_info info = {.encoding = (fl_update_encoding)t->encoding,
                                  .layer = layer,

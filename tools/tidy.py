@@ -6,7 +6,8 @@ import sys
 
 # module -> (its files, the modules it may include). Only modules named earlier: no cycles.
 MODULES = {
-    "base": (["common/base", "common/status", "common/checked", "common/arena", "common/fault"], ""),
+    "base": (["common/base", "common/status", "common/checked", "common/arena", "common/fault",
+              "common/plant"], ""),
     "sys": (["common/clock", "common/rng", "common/log", "common/file", "common/pool",
              "common/conf", "common/json", "common/cli", "common/progress"], "base"),
     "crypto": (["common/crypto"], "base"),

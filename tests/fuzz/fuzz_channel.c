@@ -25,10 +25,16 @@ static void start(void) {
          fl_sign_key(coord_secret, coord_key, NULL) != FL_OK ||
          fl_dh_key(coord_secret, update_key, NULL) != FL_OK))
         abort();
-    fl_channel_opts opts = {FL_CHANNEL_NODE, node_secret, node_key, coord_key, update_key, 0};
+    fl_channel_opts opts = {.role = FL_CHANNEL_NODE,
+                            .identity = node_secret,
+                            .identity_key = node_key,
+                            .peer_key = coord_key,
+                            .update_key = update_key};
     FL_ASSERT(fl_channel_open(&opts, &node, NULL) == FL_OK);
-    opts =
-        (fl_channel_opts){FL_CHANNEL_COORDINATOR, coord_secret, coord_key, node_key, update_key, 0};
+    opts.role = FL_CHANNEL_COORDINATOR;
+    opts.identity = coord_secret;
+    opts.identity_key = coord_key;
+    opts.peer_key = node_key;
     FL_ASSERT(fl_channel_open(&opts, &coord, NULL) == FL_OK);
 }
 
