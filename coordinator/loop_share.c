@@ -1,5 +1,5 @@
-// No node weighs more than a set share of a layer. It is settled when the buffer is sealed, from the
-// weights of all its updates: the order in which they came does not matter.
+// No node weighs more than a set share of a layer. It is settled when the buffer is sealed, from
+// the weights of all its updates: the order in which they came does not matter.
 #include "coordinator/loop_state.h"
 #include "proto/update.h"
 

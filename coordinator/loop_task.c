@@ -145,9 +145,9 @@ fl_status coord_loop_on_request(coord_loop *loop, uint32_t node, const fl_msg *m
                                     .last = slot->last};
         FL_TRY(coord_store_begin(loop->store, err));
         FL_TRY(coord_store_add_task(loop->store, &row, err));
-        FL_TRY(coord_loop_event(loop, "task.given", node, err, "task %llu: layers %u to %u, %u steps",
-                                (unsigned long long)fx.task, slot->first, slot->last,
-                                slot->steps));
+        FL_TRY(coord_loop_event(loop, "task.given", node, err,
+                                "task %llu: layers %u to %u, %u steps", (unsigned long long)fx.task,
+                                slot->first, slot->last, slot->steps));
     }
     fl_task task = task_of(loop, slot->task);
     task.kind = FL_TASK_TRAIN;

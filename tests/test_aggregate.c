@@ -8,7 +8,7 @@
 #include "tests/check.h"
 
 enum { COUNT = 97, UPDATES = 23 };
-#define SUMS_DIGEST 0x463a59c914eadce6u
+#define SUMS_DIGEST 0xf2c108f854e267b0u
 
 typedef struct update {
     int64_t values[COUNT];
@@ -169,7 +169,9 @@ static void make_samples(void) {
         T_NEED(s->floats != NULL && s->values != NULL, "memory");
         const int scale = (int)(t_rand() % 46) - 40;
         for (size_t i = 0; i < VALUES; i++) {
-            s->floats[i] = i == k ? 64.0f : ldexpf(t_randf(), scale + (int)(t_rand() % 3));
+            const float draw = t_randf(); // one after the other: arguments have no order
+            const float value = ldexpf(draw, scale + (int)(t_rand() % 3));
+            s->floats[i] = i == k ? 64.0f : value;
             if (fabsf(s->floats[i]) > 64.0f) s->floats[i] = -64.0f;
             s->values[i] = (int64_t)rint((double)s->floats[i] * 0x1p32);
         }
@@ -379,6 +381,80 @@ static void test_optimisers_golden(void) {
     }
 }
 
+// Lazy moments: rounds without updates in between leave no trace in a layer, whatever the
+// optimiser.
+static void test_missed_rounds_leave_no_trace(void) {
+    enum { N = 3, STEPS = 6 };
+    for (int kind = 0; kind < COORD_OPT_COUNT; kind++) {
+        const coord_opt opt = {(coord_opt_kind)kind, .1, .9, .99, 1e-3};
+        float always[N] = {1.0f, -1.0f, 0.5f}, seldom[N] = {1.0f, -1.0f, 0.5f};
+        double a[2 * N], b[2 * N], delta[STEPS][N];
+        fl_err err;
+        for (int s = 0; s < STEPS; s++)
+            for (int i = 0; i < N; i++) delta[s][i] = 0.1 * (double)t_randf();
+        coord_opt_start(&opt, N, a);
+        coord_opt_start(&opt, N, b);
+        for (int s = 0; s < STEPS; s++)
+            T_OK(coord_opt_step(&opt, N, delta[s], always, a, &err), err);
+        coord_sum sum;
+        T_OK(coord_sum_init(&sum, N, &err), err);
+        for (int s = 0, round = 0; s < STEPS; round++) {
+            double mean[N];
+            if (round % 4 != 3) { // nothing came: there is no mean to step with
+                T_EQ(coord_sum_mean(&sum, 1.0, 0.0, mean, &err), FL_ESTATE);
+                continue;
+            }
+            T_OK(coord_opt_step(&opt, N, delta[s++], seldom, b, &err), err);
+        }
+        coord_sum_done(&sum);
+        T_CHECK(memcmp(always, seldom, sizeof(always)) == 0, "kind %d", kind);
+        const size_t moments = coord_opt_moments(opt.kind) * N * sizeof(double);
+        T_CHECK(memcmp(a, b, moments) == 0, "moments of kind %d", kind);
+    }
+}
+
+// ---- shares of a layer
+
+static void test_no_node_has_more_than_its_share(void) {
+    enum { MOST = 12 };
+    const uint64_t golden[4] = {100, 3000, 200, 300};
+    uint64_t got[MOST];
+    coord_share_cap(golden, 4, COORD_ONE / 2, got); // the largest weighs what the others do
+    T_CHECK(got[0] == 100 && got[1] == 600 && got[2] == 200 && got[3] == 300, "%d", (int)got[1]);
+    coord_share_cap(golden, 2, COORD_ONE / 4, got);
+    T_EQ(got[1], 3000); // of two nodes one must have half
+    coord_share_cap(golden, 4, COORD_ONE / 5, got);
+    T_CHECK(got[0] == 100 && got[1] == 100 && got[3] == 100, "no share of 1/5 among four");
+    for (int trial = 0; trial < 3000; trial++) {
+        const size_t nodes = 3 + t_rand() % (MOST - 2);
+        const uint32_t least = COORD_ONE / (uint32_t)nodes + 1;
+        const uint32_t share = least + (uint32_t)(t_rand() % (COORD_ONE - least));
+        uint64_t w[MOST], back[MOST], capped[MOST], most = 0, cap = 0;
+        coord_uwide sum = 0, with_one_more = 0;
+        for (size_t i = 0; i < nodes; i++) {
+            w[i] = 1 + (t_rand() >> (24 + t_rand() % 38));
+            most = w[i] > most ? w[i] : most;
+        }
+        for (size_t i = 0; i < nodes; i++) back[i] = w[nodes - 1 - i];
+        coord_share_cap(w, nodes, share, capped);
+        for (size_t i = 0; i < nodes; i++) {
+            cap = capped[i] > cap ? capped[i] : cap;
+            sum += capped[i];
+        }
+        T_CHECK((coord_uwide)cap * COORD_ONE <= sum * share, "cap %llu", (unsigned long long)cap);
+        for (size_t i = 0; i < nodes; i++) {
+            T_EQ(capped[i], w[i] < cap ? w[i] : cap);
+            with_one_more += w[i] < cap + 1 ? w[i] : cap + 1;
+        }
+        T_CHECK(cap == most || (coord_uwide)(cap + 1) * COORD_ONE > with_one_more * share,
+                "one unit more would do: %llu", (unsigned long long)cap);
+        coord_share_cap(back, nodes, share, got);
+        for (size_t i = 0; i < nodes; i++) T_EQ(got[i], capped[nodes - 1 - i]);
+    }
+    T_EQ(coord_share_of(10, 7, 100), 1);
+    T_EQ(coord_share_of((uint64_t)1 << 40, (uint64_t)1 << 58, (uint64_t)1 << 60), 1ll << 38);
+}
+
 static void test_optimiser_refuses_what_is_not_finite(void) {
     const coord_opt opt = {COORD_FEDAVGM, 1e38, .9, .99, 1e-3};
     float theta[2] = {1.0f, 2.0f};
@@ -507,6 +583,8 @@ T_MAIN({"staleness_is_the_rounded_root", test_staleness_is_the_rounded_root},
        {"usual_updates_stay_in_lanes", test_usual_updates_stay_in_lanes},
        {"weighing_again_is_as_if_it_came_so", test_weighing_again_is_as_if_it_came_so},
        {"optimisers_golden", test_optimisers_golden},
+       {"missed_rounds_leave_no_trace", test_missed_rounds_leave_no_trace},
+       {"no_node_has_more_than_its_share", test_no_node_has_more_than_its_share},
        {"optimiser_refuses_what_is_not_finite", test_optimiser_refuses_what_is_not_finite},
        {"gate_clips_and_refuses", test_gate_clips_and_refuses},
        {"vote_pools_exactly", test_vote_pools_exactly},
