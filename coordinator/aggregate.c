@@ -50,7 +50,7 @@ void coord_sum_done(coord_sum *s) {
 }
 
 void coord_sum_reset(coord_sum *s) {
-    memset(s->a, 0, s->count * sizeof(*s->a));
+    if (s->a != NULL) memset(s->a, 0, s->count * sizeof(*s->a)); // else the updates only counted
     s->weight = 0;
     s->squares = 0;
     s->updates = 0;
