@@ -29,7 +29,10 @@ fl_status coord_store_put_object(coord_store *s, fl_bytes bytes, uint8_t ret_dig
     uint8_t digest[COORD_DIGEST];
     fl_hash(bytes, digest);
     coord_store_object_path(s, digest, path);
-    if (!s->disk->ops->exists(s->disk, path)) FL_TRY(coord_disk_replace(s->disk, path, bytes, err));
+    if (!s->disk->ops->exists(s->disk, path))
+        FL_TRY(coord_disk_replace(s->disk, path, bytes, err));
+    else // whoever put it there may have been killed before its name was durable
+        FL_TRY(coord_disk_sync_parent(s->disk, path, err));
     memcpy(ret_digest, digest, sizeof(digest));
     return FL_OK;
 }

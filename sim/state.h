@@ -196,7 +196,6 @@ typedef struct sim_truth {
 void sim_check(struct sim *s);          // after every step and recovery
 void sim_check_recovered(struct sim *s); // after a recovery, before anything else
 void sim_check_compare(struct sim *s);  // memory against a second recovery
-void sim_check_end(struct sim *s);
 void sim_check_object(struct sim *s, uint32_t layer, uint64_t version,
                       const uint8_t digest[FL_DIGEST_SIZE]);
 void sim_truth_init(struct sim *s);
