@@ -41,7 +41,7 @@ void coord_sum_done(coord_sum *s) {
 }
 
 void coord_sum_reset(coord_sum *s) {
-    memset(s->lane, 0, s->count * sizeof(*s->lane));
+    if (s->lane != NULL) memset(s->lane, 0, s->count * sizeof(*s->lane)); // else they only counted
     free(s->high);
     s->high = NULL;
     s->bound = 0;

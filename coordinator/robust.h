@@ -25,7 +25,7 @@
 
 enum {
     COORD_TILE = 4096, // coordinates of a tile; part of the definition of the sums
-    COORD_VOICES_MAX = 1 << 12,
+    COORD_VOICES_MAX = 1 << 14,
     COORD_RULE_REASON = 96,
     COORD_ROBUST_MIN = 5, // with fewer nodes nothing is safe from even one liar
 };

@@ -70,7 +70,7 @@ fl_status coord_good_decode(fl_bytes in, coord_good *ret, fl_err *err) FL_NODISC
 // over it is released if its score has recovered, and stays if not.
 
 enum {
-    COORD_CONDUCT_MAX = 1 << 12,
+    COORD_CONDUCT_MAX = 1 << 14,
     COORD_SEEN_MIN = 3,     // rounds before a node is judged
     COORD_QUARANTINE = 8,   // rounds of the first time; doubles each time
     COORD_QUARANTINE_MAX = 256,

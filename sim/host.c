@@ -96,6 +96,7 @@ static void draw_settings(sim *s) {
     c->exits = s->exits;
     c->rule = COORD_RULE_MEAN; // the exact sum is what is checked
     c->rollback = 0.0;
+    c->micro_batch = 32; // a task of as many tokens as the drawn updates say
     c->windows = (int64_t)sim_between(r, 0, 2);
     c->window = (int64_t)sim_between(r, 0, 3);
     c->updates = (int64_t)sim_between(r, 1 + s->opts.nodes / 4, s->opts.nodes);

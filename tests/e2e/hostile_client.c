@@ -196,7 +196,7 @@ static update make_update(client *c, uint32_t index) {
     const fl_layer_version base = c->bases[index];
     update u = {.begin = {.round = c->task.round,
                           .task_id = c->task.task_id + (c->kind == KIND_other_task),
-                          .tokens = 64,
+                          .tokens = 32, // as many as a task of 2 steps of 16 has
                           .key = {base.layer + (c->kind == KIND_other_layer ? 100U : 0U),
                                   base.version + (c->kind == KIND_future_base),
                                   (uint64_t)++c->state.updates_made}}};

@@ -31,12 +31,10 @@ static void start(void) {
                             .peer_key = coord_key,
                             .update_key = update_key};
     FL_ASSERT(fl_channel_open(&opts, &node, NULL) == FL_OK);
-    opts =
-        (fl_channel_opts){.role = FL_CHANNEL_COORDINATOR,
-                          .identity = coord_secret,
-                          .identity_key = coord_key,
-                          .peer_key = node_key,
-                          .update_key = update_key};
+    opts.role = FL_CHANNEL_COORDINATOR;
+    opts.identity = coord_secret;
+    opts.identity_key = coord_key;
+    opts.peer_key = node_key;
     FL_ASSERT(fl_channel_open(&opts, &coord, NULL) == FL_OK);
 }
 
