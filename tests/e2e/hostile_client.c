@@ -45,6 +45,7 @@
     X(other_identity)    /* the transport key of one node, the identity of nobody */               \
     X(other_signer)      /* an update that another key signed */                                   \
     X(garbage)           /* frames of random bytes */                                              \
+    X(flood)             /* the same, a hundred of them: is shut out */                            \
     X(knock)             /* nothing but a connection and a greeting */
 
 typedef enum kind {
@@ -332,6 +333,11 @@ static void spoiled_frame(client *c) {
         fl_random(big, 4096);
         for (size_t n = 1; n < 4096; n += n) send_bytes(c, big, n);
         break;
+    case KIND_flood: // they stop going out when the connection is closed
+        fl_random(big, 4096);
+        for (size_t n = 0; n < 100; n++)
+            (void)!fl_link_send(c->link, 0, (fl_bytes){big, 200}, NULL);
+        break;
     default:
         send_bytes(c, big, sizeof(big));
         break;
@@ -345,6 +351,7 @@ static void act(client *c) {
     case KIND_other_session:
     case KIND_flipped_frame:
     case KIND_garbage:
+    case KIND_flood:
     case KIND_oversized_frame:
         spoiled_frame(c);
         return;

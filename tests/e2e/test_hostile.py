@@ -37,6 +37,7 @@ REFUSED = {
     "other_signer": ("ack: refused SIGNATURE", "update.refused", "SIGNATURE"),
     "other_identity": ("no session", None, None),
     "garbage": ("silence", "frame.refused", ""),
+    "flood": ("refused", "node.shut", "too many bad frames"),
 }
 
 
