@@ -38,7 +38,8 @@
     X(NORM_OF_REFUSED, "norms of refused updates move the median")                                 \
     X(SPOOL_CUT, "a spool that is opened again is cut to nothing")                                 \
     X(SWEEP_SPOOL, "the sweep takes the spool of the open buffer")                                 \
-    X(SWEEP_MOMENTS, "the sweep takes the optimiser's objects")
+    X(SWEEP_MOMENTS, "the sweep takes the optimiser's objects")                                    \
+    X(TOKEN_FREE, "a join takes no use of its token")
 
 typedef enum fl_plant_id {
     FL_PLANT_NONE,

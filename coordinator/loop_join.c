@@ -1,4 +1,5 @@
 // JOIN_REQUEST: the only thing that a key which is not admitted can say.
+#include "common/plant.h"
 #include "coordinator/loop_state.h"
 #include "proto/invite.h"
 
@@ -29,7 +30,8 @@ static fl_status add_member(coord_loop *loop, const fl_join_request *q, bool act
 
 static fl_status carry_out(coord_loop *loop, const fl_join_request *q, const coord_join_answer *a,
                            uint64_t now_ms, fl_err *err) {
-    if (a->take_use) FL_TRY(coord_store_use_token(loop->store, q->token_id, err));
+    if (a->take_use && !fl_plant(TOKEN_FREE))
+        FL_TRY(coord_store_use_token(loop->store, q->token_id, err));
     if (a->add) FL_TRY(add_member(loop, q, a->verdict == FL_VERDICT_ACCEPTED, now_ms, err));
     if (!a->approve) return FL_OK;
     const uint32_t node = coord_registry_by_sign_key(&loop->registry, q->identity_key);

@@ -60,17 +60,20 @@ static void add_norm(sim_layer *t, double norm) {
     t->norms[t->norms_count - 1] = norm;
 }
 
-static sim_made *made_of_row(sim *s, const coord_update_row *row) {
-    if (row->node < 1 || row->node > s->opts.nodes) return NULL;
-    return sim_made_of(&s->nodes[row->node - 1], (uint64_t)row->sequence);
+// COORD_NOBODY: of no node that there is.
+static uint32_t node_of_row(const sim *s, const coord_update_row *row) {
+    const coord_registry *r = &s->host.loop->registry;
+    const uint32_t member = coord_registry_by_id(r, row->node);
+    return member == COORD_NOBODY ? COORD_NOBODY
+                                  : sim_node_of_key(s, r->members[member].transport_key);
 }
 
 // Is this row what its update, the versions and the gate make of it?
-static void check_row(sim *s, const coord_update_row *row, const sim_made *m) {
+static void check_row(sim *s, const coord_update_row *row, uint32_t node, const sim_made *m) {
     const long long id = (long long)row->id;
     const fl_update_begin *b = &m->begin;
     const sim_layer *t = &s->truth.layer[row->layer];
-    uint64_t *last = &s->truth.last[(size_t)(row->node - 1) * s->layers + row->layer];
+    uint64_t *last = &s->truth.last[(size_t)node * s->layers + row->layer];
     const uint64_t base = (uint64_t)row->base, tau = t->version - base;
     if (!holds(s, m->row == 0)) sim_fail(s, "row %lld: counted before as row %lld", id,
                                          (long long)m->row);
@@ -80,8 +83,8 @@ static void check_row(sim *s, const coord_update_row *row, const sim_made *m) {
                       (int64_t)b->tokens == row->tokens && (int64_t)b->task_id == row->task))
         sim_fail(s, "row %lld is not the update that its node made", id);
     if (!holds(s, base <= t->version && *last <= base))
-        sim_fail(s, "row %lld: version %lld, of which node %lld has one that counts", id,
-                 (long long)row->base, (long long)row->node);
+        sim_fail(s, "row %lld: version %lld, of which node %u has one that counts", id,
+                 (long long)row->base, node);
     if (!holds(s, tau <= (uint64_t)s->host.settings.staleness_max))
         sim_fail(s, "row %lld is %llu versions late", id, (unsigned long long)tau);
     if (!holds(s, (uint64_t)row->weight == b->tokens * staleness_of(tau)))
@@ -95,7 +98,7 @@ static void check_row(sim *s, const coord_update_row *row, const sim_made *m) {
     *last = base + 1;
 }
 
-static void add_row(sim *s, const coord_update_row *row, sim_made *m) {
+static void add_row(sim *s, const coord_update_row *row, uint32_t node, sim_made *m) {
     sim_truth *t = &s->truth;
     sim_layer *layer = &t->layer[row->layer];
     if (t->rows_count == t->rows_room) {
@@ -103,7 +106,7 @@ static void add_row(sim *s, const coord_update_row *row, sim_made *m) {
         t->rows = realloc(t->rows, t->rows_room * sizeof(*t->rows));
         FL_ASSERT(t->rows != NULL);
     }
-    t->rows[t->rows_count++] = (sim_row){.node = (uint32_t)(row->node - 1),
+    t->rows[t->rows_count++] = (sim_row){.node = node,
                                           .layer = row->layer,
                                           .clip = row->clip,
                                           .weight = (uint64_t)row->weight,
@@ -236,7 +239,10 @@ static fl_status on_row(void *ctx, const coord_update_row *row, fl_err *err) {
     else
         while (t->round < c->round && !s->result.failed) seal_round(s);
     const bool known = row->id <= (int64_t)t->rows_count;
-    sim_made *m = made_of_row(s, row);
+    const uint32_t node = node_of_row(s, row);
+    sim_made *m = node == COORD_NOBODY
+                      ? NULL
+                      : sim_made_of(&s->nodes[node], (uint64_t)row->sequence);
     if (!holds(s, m != NULL && row->layer < s->layers)) {
         sim_fail(s, "row %lld is an update that nobody made", (long long)row->id);
         return FL_OK;
@@ -248,13 +254,12 @@ static fl_status on_row(void *ctx, const coord_update_row *row, fl_err *err) {
                  (long long)row->round, (long long)t->round);
     if (known) {
         const sim_row *seen = &t->rows[row->id - 1];
-        if (!holds(s, seen->node == (uint32_t)row->node - 1 &&
-                          seen->sequence == (uint64_t)row->sequence))
+        if (!holds(s, seen->node == node && seen->sequence == (uint64_t)row->sequence))
             sim_fail(s, "row %lld has changed", (long long)row->id);
         return FL_OK;
     }
-    check_row(s, row, m);
-    if (!s->result.failed) add_row(s, row, m);
+    check_row(s, row, node, m);
+    if (!s->result.failed) add_row(s, row, node, m);
     return FL_OK;
 }
 
@@ -314,6 +319,7 @@ void sim_check_recovered(sim *s) {
         }
     }
     if (!s->result.failed) check_memory(s);
+    if (!s->result.failed) sim_join_check(s);
 }
 
 void sim_check_object(sim *s, uint32_t layer, uint64_t version,

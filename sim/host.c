@@ -38,7 +38,7 @@ static fl_status world_receive(void *ctx, uint32_t timeout_ms, fl_link_message *
     const sim_node *n = &s->nodes[ev.node];
     h->current = ev.frame;
     *ret = (fl_link_message){.peer = (fl_link_peer)ev.node + 1,
-                             .from = FL_LINK_ADMITTED,
+                             .from = n->admitted ? FL_LINK_ADMITTED : FL_LINK_ENROL,
                              .frame = {ev.frame, ev.size}};
     memcpy(ret->key, n->curve_key, sizeof(ret->key));
     return FL_OK;
@@ -52,7 +52,10 @@ static fl_status world_send(void *ctx, fl_link_peer peer, fl_bytes frame, fl_err
 }
 
 static fl_status world_admit(void *ctx, const uint8_t key[FL_LINK_KEY], fl_err *err) {
-    (void)ctx, (void)key, (void)err;
+    sim *s = ctx;
+    const uint32_t node = sim_node_of_key(s, key);
+    if (node == COORD_NOBODY) return FL_FAIL(err, FL_EARG, "a key that no node has");
+    s->nodes[node].admitted = true;
     return FL_OK;
 }
 
@@ -138,12 +141,12 @@ static fl_status put_number(coord_store *st, const char *key, uint64_t value, fl
 static fl_status add_nodes(sim *s, coord_store *st, fl_err *err) {
     for (uint32_t i = 0; i < s->opts.nodes; i++) {
         const sim_node *n = &s->nodes[i];
+        if (!n->enrolled) continue;
         coord_node_row row = {.state = COORD_NODE_ACTIVE, .joined_s = 1, .seen_s = 1};
         snprintf(row.name, sizeof(row.name), "node%u", i);
         memcpy(row.sign_key, n->identity_key, sizeof(row.sign_key));
         memcpy(row.transport_key, n->curve_key, sizeof(row.transport_key));
         FL_TRY(coord_store_add_node(st, &row, &row.id, err));
-        FL_ASSERT(row.id == (int64_t)i + 1); // the checker finds nodes by it
     }
     return FL_OK;
 }
@@ -167,6 +170,7 @@ static fl_status fill(sim *s, coord_store *st, fl_err *err) {
         FL_TRY(coord_store_pin_layer(st, l, s->counts[l], err));
     FL_TRY(coord_store_open_round(st, 1, 1, err));
     FL_TRY(add_nodes(s, st, err));
+    FL_TRY(sim_join_token(s, st, err));
     return coord_store_commit(st, err);
 }
 
@@ -180,6 +184,7 @@ fl_status sim_host_init(sim *s, fl_err *err) {
                                           .object_sync = fl_plant(LOST_OBJECT_SYNC),
                                           .folder_sync = fl_plant(LOST_FOLDER_SYNC)});
     draw_settings(s);
+    sim_join_draw(s);
     FL_TRY(make_keys(s, err));
     h->world = (coord_world){
         .ctx = s,
@@ -258,6 +263,7 @@ void sim_host_boot(sim *s) {
     plan_crash(s);
     h->born_ms = s->now_ms;
     h->step_due = false;
+    for (uint32_t i = 0; i < s->opts.nodes; i++) s->nodes[i].admitted = false;
     const fl_status st = coord_loop_open_in(&opts, &h->loop, &err);
     sim_trace(s, "recovered", 0, (uint64_t)st, h->boot);
     if (sim_disk_dead(h->disk) || (st != FL_OK && sim_disk_failed(h->disk))) {
@@ -319,12 +325,15 @@ void sim_host_step(sim *s) {
 static fl_status revoke_one(sim *s, fl_err *err) {
     sim_host *h = &s->host;
     const uint32_t node = (uint32_t)sim_between(&s->rng, 0, s->opts.nodes - 1);
-    if (!may_revoke(s, node)) return FL_OK;
+    const uint32_t member =
+        coord_registry_by_transport_key(&h->loop->registry, s->nodes[node].curve_key);
+    if (!may_revoke(s, node) || member == COORD_NOBODY) return FL_OK;
     coord_store *st = h->loop->store;
     s->nodes[node].revoked = true;
     sim_trace(s, "revoked", node, 0, 0);
     FL_TRY(coord_store_begin(st, err));
-    FL_TRY(coord_store_set_node_state(st, node + 1, COORD_NODE_REVOKED, err));
+    FL_TRY(coord_store_set_node_state(st, h->loop->registry.members[member].id,
+                                      COORD_NODE_REVOKED, err));
     FL_TRY(coord_store_commit(st, err));
     FL_TRY(coord_loop_refresh(h->loop, world_now(s), err));
     return coord_loop_commit(h->loop, err);

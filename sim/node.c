@@ -1,6 +1,7 @@
 // A node: the protocol core of node/client with a spool and a clock around it. Follows node/loop.c.
 #include "sim/state.h"
 
+#include "common/checked.h"
 #include "proto/update.h"
 
 #include <stdlib.h>
@@ -200,6 +201,10 @@ void sim_node_frame(sim_node *n, fl_bytes frame) {
     node_peer_got got;
     if (!n->up || n->done) return;
     fl_arena_rewind(&s->scratch, 0);
+    if (!n->enrolled) {
+        sim_join_answer(n, frame);
+        return;
+    }
     if (node_peer_receive(&n->peer, frame, &s->scratch, s->plain, s->frame, &size, &m, &got,
                           NULL) != FL_OK)
         return; // late, twice, or of a session that is over
@@ -221,7 +226,9 @@ void sim_node_tick(sim_node *n) {
     fl_err err;
     if (!n->up || n->done) return;
     fl_arena_rewind(&s->scratch, 0);
-    if (!n->peer.up) {
+    if (!n->enrolled) {
+        if (sim_chance(&n->rng, 0.3)) sim_join_ask(n);
+    } else if (!n->peer.up) {
         sim_fill(&n->rng, random, sizeof(random));
         if (node_peer_tick(&n->peer, clock_of(n), random, &s->scratch, s->frame, &size, &err) !=
             FL_OK)
@@ -365,6 +372,7 @@ fl_status sim_node_init(sim *s, uint32_t index, fl_err *err) {
     draw_profile(n);
     sim_fill(&n->rng, seed, sizeof(seed));
     sim_fill(&n->rng, n->curve_key, sizeof(n->curve_key));
+    fl_put_u32(n->curve_key, index);
     sim_public(seed, n->identity_key);
     n->client = malloc(sizeof(*n->client));
     if (n->client == NULL) return FL_FAIL(err, FL_ENOMEM, "no memory for %u nodes", s->opts.nodes);

@@ -5,6 +5,7 @@
 #include "coordinator/loop_state.h"
 #include "node/client/client.h"
 #include "node/client/peer.h"
+#include "proto/invite.h"
 #include "sim/crypto.h"
 #include "sim/disk.h"
 #include "sim/sim.h"
@@ -108,10 +109,12 @@ typedef struct sim_node {
     uint64_t dropped; // newest sequence taken out of the spool: after a crash it may be back
     uint64_t reports;
     bool has_model;
+    bool enrolled; // it was told that it is a member
     bool revoked;
 
     // what a crash takes
     bool up;
+    bool admitted; // by the coordinator's link
     uint64_t boot; // how often it started
     uint64_t born_ms;
     fl_channel *channel;
@@ -132,6 +135,15 @@ void sim_node_tick(sim_node *n);
 void sim_node_frame(sim_node *n, fl_bytes frame);
 void sim_node_trained(sim_node *n);
 sim_made *sim_made_of(sim_node *n, uint64_t sequence); // NULL: it made no such update
+
+// ---- joining (join.c)
+
+uint32_t sim_node_of_key(const struct sim *s, const uint8_t key[FL_LINK_KEY]); // or COORD_NOBODY
+void sim_join_draw(struct sim *s); // who is no member at first
+fl_status sim_join_token(const struct sim *s, coord_store *st, fl_err *err) FL_NODISCARD;
+void sim_join_ask(sim_node *n);
+void sim_join_answer(sim_node *n, fl_bytes frame);
+void sim_join_check(struct sim *s); // who was told so is in, and the token was used once for each
 
 // ---- training (train.c)
 
@@ -217,6 +229,8 @@ typedef struct sim {
     bool pinned;                     // they are in the store from the start
     uint8_t run_id[FL_ID_SIZE], model_digest[FL_DIGEST_SIZE];
     uint64_t model_size;
+    uint8_t token_secret[FL_INVITE_SECRET];
+    uint32_t token_uses; // nodes that are no members at first
     uint64_t calm_ms;  // from here on nothing bad happens
     uint64_t limit_ms; // by then the run must be over
     fl_arena scratch;  // of the node that has the floor

@@ -4,7 +4,9 @@
 #include "coordinator/registry.h"
 #include "tests/check.h"
 
-static _Alignas(64) uint8_t block[64 << 10];
+enum { MANY = 1000 };
+
+static _Alignas(64) uint8_t block[1 << 20];
 static coord_registry reg;
 static fl_join_request ask;
 static coord_join join;
@@ -134,7 +136,38 @@ static void test_quota_against_a_model(void) {
     T_CHECK(coord_quota_take(&q, 1ull << 39, 1, 1, UINT64_MAX), "a jump does not wrap");
 }
 
+static void draw_key(uint8_t key[FL_KEY_SIZE], bool alike) {
+    for (size_t i = 0; i < FL_KEY_SIZE; i++) key[i] = (uint8_t)t_rand();
+    if (alike) memset(key + FL_KEY_SIZE / 2, 7, 8); // all in one chain
+}
+
+// Every member is found by each of its names, and nobody by another: with keys as they are, and
+// with keys made to fall into one chain.
+static void test_many_members_are_found(void) {
+    static uint8_t sign[MANY][FL_KEY_SIZE], transport[MANY][FL_KEY_SIZE];
+    for (int alike = 0; alike < 2; alike++) {
+        fresh(MANY);
+        T_CHECK(coord_registry_size(MANY) <= sizeof(block), "the block is too small");
+        for (int64_t i = 0; i < MANY; i++) {
+            draw_key(sign[i], alike == 1);
+            draw_key(transport[i], alike == 1);
+            memcpy(ask.identity_key, sign[i], FL_KEY_SIZE);
+            memcpy(ask.curve_key, transport[i], FL_KEY_SIZE);
+            T_EQ(put(3 * i + 1, COORD_MEMBER_ACTIVE), i);
+        }
+        for (int64_t i = 0; i < MANY; i++) {
+            T_EQ(coord_registry_by_id(&reg, 3 * i + 1), i);
+            T_EQ(coord_registry_by_sign_key(&reg, sign[i]), i);
+            T_EQ(coord_registry_by_transport_key(&reg, transport[i]), i);
+            T_EQ(coord_registry_by_id(&reg, 3 * i + 2), COORD_NOBODY);
+            T_EQ(coord_registry_by_sign_key(&reg, transport[i]), COORD_NOBODY);
+            T_EQ(coord_registry_by_transport_key(&reg, sign[i]), COORD_NOBODY);
+        }
+    }
+}
+
 T_MAIN({"join_of_a_stranger", test_join_of_a_stranger}, {"join_again", test_join_again},
        {"join_refuses_borrowed_keys_and_names", test_join_refuses_borrowed_keys_and_names},
        {"members_keep_their_keys", test_members_keep_their_keys},
+       {"many_members_are_found", test_many_members_are_found},
        {"quota_against_a_model", test_quota_against_a_model})
