@@ -8,7 +8,7 @@
 #include <string.h>
 
 enum {
-    SCAN_MS = 200,     // between looks at the connections
+    SCAN_MS = 40,      // between looks at the connections: a fast one pours 20 MB in it
     SILENT_MS = 10000, // a node speaks at once; who says nothing for so long has no business here
 };
 #define ZAP_ENDPOINT "inproc://zeromq.zap.01"

@@ -125,7 +125,8 @@ static void test_a_million_hostile_payloads(void) {
         T_OK(coord_sum_fold(&sum, values, VALUES, COORD_ONE, clip, &err), err);
         double norm2 = 0.0;
         for (int v = 0; v < VALUES; v++) {
-            const double x = (double)coord_sum_at(&sum, (size_t)v) * 0x1p-64; // weight, clip and fixed point
+            // weight, clip and fixed point
+            const double x = (double)coord_sum_at(&sum, (size_t)v) * 0x1p-64;
             norm2 += x * x;
         }
         T_CHECK(sqrt(norm2) <= limit * (1 + 1e-9), "try %d: norm %g above %g", i, sqrt(norm2),

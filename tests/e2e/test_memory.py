@@ -19,6 +19,7 @@ import fleet
 
 LARGE = bool(os.environ.get("FL_TEST_LARGE"))
 MIB = 1 << 20
+WINDOW = 4  # that is named where losses are compared: what memory chooses learns otherwise
 CLOSE = 0.05  # of the plan, where all weights stay
 # Above a limit: the system maps a touched page's surroundings too, up to 64 KiB at each edge of what
 # passes through, and counts the pages of a process in batches, a batch behind on each processor.
@@ -74,14 +75,14 @@ def check_smaller(f, model):
     said = f.ok(f.node_bin, "plan", model, "--data", f.dir / "text.txt", "--memory", limit).out
     for phrase in less["gave_up"]:
         fleet.check(phrase in said, f"plan does not say \"{phrase}\": {said}")
-    return best
 
 
-def check_streaming(f, model, best):
+def check_streaming(f, model):
     """Half of the model's bytes as limit: the same losses, read again in every pass."""
+    best = tune(f, model, "--window", WINDOW)
     forget(model)  # in large pages of the cache, as it was just written, edges would map more
     limit = model.stat().st_size // 2
-    done = tune(f, model, "--memory", limit, "--sequence", 128)
+    done = tune(f, model, "--memory", limit, "--sequence", 128, "--window", WINDOW)
     check_limit(f"tune in half of the model's size ({limit / 1e6:.1f} MB)", done, limit)
     fleet.check(done["streamed_bytes"] > limit, f"only {done['streamed_bytes']} bytes were read")
     fleet.check(abs(done["loss"] - best["loss"]) < 1e-3, f"loss {done['loss']} {best['loss']}")
@@ -172,7 +173,7 @@ def run_within(folders, args):
 def check_control_group(f, model, limit):
     """The kernel holds the process to the limit, cache included, and storage is slow."""
     rate, steps = 40 << 20, 2
-    free = tune(f, model, "--sequence", 128, steps=steps)
+    free = tune(f, model, "--sequence", 128, "--window", WINDOW, steps=steps)
     device = device_of(model)
     with control_group(limit + 4 * MIB, device, rate) as folders:
         if folders is None:
@@ -181,7 +182,8 @@ def check_control_group(f, model, limit):
         started = time.monotonic()
         done = run_within(folders, [f.node_bin, "tune", model, "--data", f.dir / "text.txt",
                                     "--out", f.dir / "adapter", "--steps", steps, "--threads", 2,
-                                    "--sequence", 128, "--memory", limit, "--json"])
+                                    "--sequence", 128, "--window", WINDOW, "--memory", limit,
+                                    "--json"])
         seconds = time.monotonic() - started
         held = int((folders[0] / "memory.max_usage_in_bytes").read_text())
     check_limit("tune in a control group", done, limit)
@@ -204,8 +206,8 @@ def test(f):
          "--calibration", f.dir / "text.txt", "--calibration-tokens", 64, timeout=400)
     check_modes(f, model, "packed")
     check_modes(f, plain, "q4_0")
-    best = check_smaller(f, model)
-    limit = check_streaming(f, model, best)
+    check_smaller(f, model)
+    limit = check_streaming(f, model)
     check_forward(f, model, limit)
     check_control_group(f, model, limit)
 
