@@ -6,7 +6,7 @@
 //   coordinator_load [--smoke] [--clients=N] [--updates=N]
 #pragma GCC diagnostic ignored "-Wunused-function"
 #define FLEET_LAYERS 120
-#define FLEET_COUNT  32400 // 64 KiB and a little more as int16
+#define FLEET_COUNT  32400 // 64 KiB and a little less as int16
 #define FLEET_SENT   1
 #include "tests/fleet_nodes.h"
 

@@ -405,16 +405,17 @@ static fl_update_ack deliver(node *n, const parcel *p) {
         fl_msg r = ask(n, &begin, FL_MSG_UPDATE_WANT, FL_MSG_UPDATE_ACK);
         if (r.type == FL_MSG_UPDATE_ACK) return r.update_ack;
         if (r.type != FL_MSG_UPDATE_WANT) continue;
-        const uint64_t at = r.update_want.offset;
-        if (at < p->begin.size) {
-            const fl_msg chunk = {
-                .type = FL_MSG_UPDATE_CHUNK,
-                .update_chunk = {.key = p->begin.key,
-                                 .offset = at,
-                                 .data = {p->sealed + at, (size_t)(p->begin.size - at)}}};
+        while (r.type == FL_MSG_UPDATE_WANT && r.update_want.offset < p->begin.size) {
+            const uint64_t at = r.update_want.offset, left = p->begin.size - at;
+            const size_t size = left < FL_UPLOAD_CHUNK_MAX ? (size_t)left : FL_UPLOAD_CHUNK_MAX;
+            const fl_msg chunk = {.type = FL_MSG_UPDATE_CHUNK,
+                                  .update_chunk = {.key = p->begin.key,
+                                                   .offset = at,
+                                                   .data = {p->sealed + at, size}}};
             r = ask(n, &chunk, FL_MSG_UPDATE_WANT, FL_MSG_UPDATE_ACK);
-            if (r.type != FL_MSG_UPDATE_WANT || r.update_want.offset != p->begin.size) continue;
+            if (r.type == FL_MSG_UPDATE_WANT && r.update_want.offset <= at) break;
         }
+        if (r.type != FL_MSG_UPDATE_WANT || r.update_want.offset != p->begin.size) continue;
         fl_msg commit = {.type = FL_MSG_UPDATE_COMMIT, .update_commit = {.key = p->begin.key}};
         memcpy(commit.update_commit.digest, p->begin.digest, FL_DIGEST_SIZE);
         r = ask(n, &commit, FL_MSG_UPDATE_ACK, FL_MSG_UPDATE_WANT);
