@@ -5,7 +5,7 @@ packages_build="gcc libc6-dev cmake ninja-build pkg-config libzmq3-dev libprotob
  protobuf-c-compiler protobuf-compiler libsodium-dev libsqlite3-dev libinih-dev
  libjansson-dev libqrencode-dev"
 packages_test="libcmocka-dev python3 python3-pip gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user-static
- tcpdump iproute2 strace"
+ tcpdump iproute2 nftables strace"
 
 # install_packages NAME...: apt-get for those that dpkg does not have. Uses sudo when not root.
 install_packages() {
