@@ -253,6 +253,7 @@ int main(int argc, char **argv) {
                     .folder = a.folder,
                     .path = a.model == NULL ? "" : a.model};
     job.opts.threads = 0;
+    if (a.smoke) job.opts.window.size = 2; // short under emulation too
     job.opts.memory_bytes = a.memory;
     static node_schedule s;
     setvbuf(stdout, NULL, _IOLBF, 0);

@@ -104,7 +104,7 @@ class Process:
         if self.child is not None:
             self.child.wait()
 
-    def stop(self, seconds=20):
+    def stop(self, seconds=60):
         """SIGTERM; returns the exit status."""
         if self.alive():
             self.child.terminate()
