@@ -112,11 +112,12 @@ static uint64_t speed_of(const fl_task_request *q) {
 
 // What an update of the largest layer takes on the wire; 0: no layer's size is known yet.
 static uint64_t layer_bytes(const coord_loop *loop) {
+    const coord_settings *s = &loop->settings;
     int64_t most = 0;
     for (uint32_t l = 0; l < loop->layers; l++)
         most = loop->layer[l].count > most ? loop->layer[l].count : most;
-    return fl_update_size((uint32_t)most,
-                          loop->settings.encoding == 0 ? FL_UPDATE_INT16 : FL_UPDATE_INT8);
+    return fl_update_size_about((uint32_t)most, (fl_update_encoding)(s->encoding + FL_UPDATE_INT16),
+                                (uint32_t)((double)most * s->density));
 }
 
 fl_status coord_loop_on_request(coord_loop *loop, uint32_t node, const fl_msg *msg, uint64_t now_ms,
